@@ -1,0 +1,44 @@
+# Everything sets itself up in .venv; a fresh machine needs Python 3.11 or newer and make.
+#   make demo       the first paper's figure, then a small language model (two minutes after set-up)
+#   make test       lint, types, all tests, notebooks
+#   make test-fast  the tests without those marked slow
+#   make lint       ruff and pyright
+#   make benchmark  the speed tables (long)
+
+.PHONY: demo test test-fast lint benchmark
+.DEFAULT_GOAL := demo
+
+BIN := .venv/bin
+READY := .venv/.ready
+WORKERS := 2
+
+# The newest Python that can make an environment: a name on the PATH may be a shim that does not run.
+$(READY): pyproject.toml
+	@for python in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	    $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	    python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "jtrunc needs Python 3.11 or newer with the venv module (Debian: apt install python3-venv)" >&2; exit 1; \
+	fi; \
+	if [ ! -x $(BIN)/python ]; then echo "Making .venv with $$($$python --version)"; $$python -m venv .venv; fi
+	@echo "Installing jtrunc and what its tests need into .venv (once; some minutes)"
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@$(BIN)/python -m pip install --quiet --editable ".[experiments]" --group dev
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m jtrunc.experiments.demo
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+test: lint
+	@JTRUNC_SMALL=1 $(BIN)/python -m pytest -n $(WORKERS) --nbmake tests jtrunc $(wildcard notebooks/*.ipynb)
+
+test-fast: $(READY)
+	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests jtrunc
+
+benchmark: $(READY)
+	@for script in benchmarks/speed/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
