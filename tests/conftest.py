@@ -1,0 +1,30 @@
+"""Settings of the whole test run: they have to be made before jax first looks for its devices."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A typed key; a test that needs several splits it."""
+    return jax.random.key(2017)
+
+
+@pytest.fixture
+def keys(key: jax.Array) -> jax.Array:
+    """Sixteen typed keys, for tests that only need a few independent draws."""
+    return jax.random.split(key, 16)
+
+
+@pytest.fixture(scope="session")
+def mesh() -> jax.sharding.Mesh:
+    """Eight host devices in a row, the axis named `data`."""
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -1,0 +1,129 @@
+"""Small systems that the tests run on: written by hand, so that they need nothing but the protocol."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtrunc.base import Params, System
+
+
+class Case(NamedTuple):
+    """A system with everything that an estimator needs; `inputs` has `length` steps."""
+
+    system: System
+    params: Params
+    hidden: Any
+    inputs: Any
+
+    def window(self, start: int, stop: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[start:stop], self.inputs)
+
+
+def _normal(generator: np.random.Generator, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
+    return jnp.asarray(generator.normal(size=shape), dtype)
+
+
+def scalar(length: int, dtype: Any = jnp.float64) -> Case:
+    """One tanh unit, three parameters: small enough to draw 2·10⁵ estimates in a second."""
+
+    def transition(theta: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
+        return jnp.tanh(theta[0] * hidden + theta[1] * inputs)
+
+    def loss(params: Params, hidden: jax.Array, inputs: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        return 0.5 * (params.readout * hidden - inputs) ** 2, ()
+
+    generator = np.random.default_rng(1)
+    params = Params(jnp.asarray([1.2, 0.4], dtype), jnp.asarray(0.7, dtype))
+    return Case(
+        System(transition, loss), params, jnp.asarray(0.3, dtype), _normal(generator, length, dtype=dtype)
+    )
+
+
+def tanh(length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
+    """A tanh network with a linear readout; its memory outlives the window."""
+
+    def transition(theta: dict[str, jax.Array], hidden: jax.Array, inputs: jax.Array) -> jax.Array:
+        return jnp.tanh(hidden @ theta["W"] + inputs @ theta["U"] + theta["b"])
+
+    def loss(params: Params, hidden: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        prediction = hidden @ params.readout
+        return 0.5 * jnp.sum((prediction - inputs) ** 2), prediction
+
+    generator = np.random.default_rng(2)
+    theta = {
+        "W": 0.9 * jnp.asarray(np.linalg.qr(generator.normal(size=(width, width)))[0], dtype),
+        "U": _normal(generator, 2, width, dtype=dtype),
+        "b": 0.1 * _normal(generator, width, dtype=dtype),
+    }
+    params = Params(theta, _normal(generator, width, 2, dtype=dtype))
+    return Case(
+        System(transition, loss), params, jnp.zeros(width, dtype), _normal(generator, length, 2, dtype=dtype)
+    )
+
+
+class Nested(NamedTuple):
+    """A state of many kinds: floats in a dict, a complex number, an integer clock and a key."""
+
+    cells: dict[str, jax.Array]
+    phasor: jax.Array
+    clock: jax.Array
+    key: jax.Array
+
+
+class Datum(NamedTuple):
+    x: jax.Array
+    labels: dict[str, jax.Array]
+
+
+def nested(length: int, dtype: Any = jnp.float64) -> Case:
+    """NamedTuples and dicts everywhere, complex, integer and key leaves, tied weights in the loss."""
+    complex_dtype = jnp.result_type(dtype, jnp.complex64)
+
+    def transition(theta: dict[str, Any], hidden: Nested, inputs: Datum) -> Nested:
+        key, draw = jax.random.split(hidden.key)
+        noise = jax.random.normal(draw, (2,), dtype)
+        a, b = hidden.cells["a"], hidden.cells["b"]
+        drive = inputs.x + theta["rates"][0] * b + jnp.asarray(0.1, dtype) * noise
+        phasor = theta["turn"] * hidden.phasor * jnp.where(hidden.clock % 2 == 0, 1, -1) + a.sum()
+        cells = {"a": jnp.tanh(theta["rates"][1] * a + drive), "b": a + jnp.abs(phasor) ** 2 / 10}
+        return Nested(cells, phasor / 2, hidden.clock + 1, key)
+
+    def loss(params: Params, hidden: Nested, inputs: Datum) -> tuple[jax.Array, dict[str, jax.Array]]:
+        chosen = params.readout.labels["scale"][inputs.labels["which"]]
+        prediction = chosen * hidden.cells["a"].sum() + (params.recurrent["turn"] * hidden.phasor).imag
+        return (prediction - inputs.x.sum()) ** 2, {"prediction": prediction, "clock": hidden.clock}
+
+    generator = np.random.default_rng(3)
+    turn = jnp.asarray(0.5 + 0.4j, complex_dtype)
+    rates = (jnp.asarray(0.6, dtype), _normal(generator, 2, dtype=dtype))
+    readout = Datum(jnp.zeros((0,), dtype), {"scale": _normal(generator, 3, dtype=dtype)})
+    hidden = Nested(
+        {"a": jnp.zeros(2, dtype), "b": jnp.ones(2, dtype)},
+        jnp.asarray(0.2 - 0.1j, complex_dtype),
+        jnp.int32(0),
+        jax.random.key(5),
+    )
+    which = jnp.asarray(generator.integers(3, size=length), jnp.int32)
+    inputs = Datum(_normal(generator, length, 2, dtype=dtype), {"which": which})
+    return Case(System(transition, loss), Params({"turn": turn, "rates": rates}, readout), hidden, inputs)
+
+
+def exploding(length: int) -> Case:
+    """Linear and expanding: |∂F/∂s| = 1e200, so that a cotangent two edges back is infinite."""
+
+    def transition(theta: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
+        return inputs + theta + jnp.float64(1e200) * (hidden - jax.lax.stop_gradient(hidden))
+
+    def loss(params: Params, hidden: jax.Array, inputs: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        return hidden + inputs, ()
+
+    return Case(
+        System(transition, loss), Params(jnp.float64(0.5)), jnp.float64(0), jnp.arange(1.0, length + 1)
+    )
+
+
+CASES = {"scalar": scalar, "tanh": tanh, "nested": nested}
