@@ -28,7 +28,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python -m jtrunc.experiments.demo
+	@$(BIN)/python -m jtrunc.cli demo
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""What the command line runs: named parts, the papers' experiments, the demonstration."""

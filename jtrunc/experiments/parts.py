@@ -1,0 +1,222 @@
+"""The parts that the command line knows by name: tasks, cells, estimators, optimisers.
+
+Keyword-only parameters are the options of a name: ``lstm:width=256,layers=2``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import jtrunc
+from jtrunc import cells
+from jtrunc.tasks import copying, corpora, synthetic_language, text
+
+HIT_PROBABILITY = 1e-5
+"""A default look-ahead is so long that a window of ARTBP is longer with this probability."""
+
+
+class Tokens(NamedTuple):
+    """A task of predicting tokens.
+
+    Attributes:
+      num_classes: how many tokens there are.
+      train: ``num_streams -> (inputs, targets)``, int32, (T, B) each.
+      valid: the same, of data that are not trained on.
+      test: the same, of data that no choice was made on.
+      vocabulary: to write samples with, or None.
+      summary: one line for the reader: source, size, known bounds.
+    """
+
+    num_classes: int
+    train: Callable[[int], Any]
+    valid: Callable[[int], Any]
+    test: Callable[[int], Any]
+    vocabulary: text.Vocabulary | None
+    summary: str
+
+
+def _of_corpus(corpus: corpora.Corpus) -> Tokens:
+    source = corpus.source
+    return Tokens(
+        corpus.vocabulary.size,
+        lambda streams: text.lanes(corpus.train, streams),
+        lambda streams: text.lanes(corpus.valid, streams),
+        lambda streams: text.lanes(corpus.test, streams),
+        corpus.vocabulary,
+        f"{source.name}: {source.num_files} files, {source.num_characters:,} characters"
+        f" ({corpus.vocabulary.size} different), SHA-256 {source.sha256[:12]}",
+    )
+
+
+def characters(data: Path | None, *, max_characters: int = 0, pattern: str = "*") -> Tokens:
+    """Characters of the text in --data; without --data, of Python's own standard library."""
+    limit = max_characters or None
+    if data is None:
+        return _of_corpus(corpora.python_standard_library(limit or 3_000_000))
+    return _of_corpus(corpora.characters(data, pattern=pattern, max_characters=limit))
+
+
+def penn_treebank(data: Path | None, *, verify: bool = True) -> Tokens:
+    """Penn Treebank characters, from ptb.train.txt, ptb.valid.txt and ptb.test.txt in the folder --data."""
+    if data is None:
+        raise ValueError("task 'penn-treebank' needs --data: the folder of ptb.train.txt and its two sisters")
+    return _of_corpus(corpora.penn_treebank(data, verify=verify))
+
+
+def copy(
+    data: Path | None, *, shortest: int = 10, longest: int = 10, symbols: int = 6, steps: int = 256_000
+) -> Tokens:
+    """The copy task: read m symbols, write them; m is drawn from shortest..longest. Synthetic."""
+    _require_no_data(data, "copy")
+
+    def draw(seed: int, num_steps: int) -> Callable[[int], Any]:
+        return lambda streams: copying.sequences(
+            jax.random.key(seed),
+            max(1, num_steps // streams),
+            streams,
+            length=(shortest, longest),
+            num_symbols=symbols,
+        )
+
+    bounds = f"best perplexity 1, without memory {copying.memoryless_perplexity(symbols):.3f}"
+    parts = (draw(1000, steps), draw(1001, steps // 4), draw(1002, steps // 4))
+    return Tokens(copying.num_classes(symbols), *parts, None, f"copy task, {bounds}")
+
+
+def brackets(data: Path | None, *, steps: int = 256_000) -> Tokens:
+    """A small synthetic language of nested brackets, whose entropy rate is known."""
+    _require_no_data(data, "brackets")
+    language = synthetic_language.brackets()
+
+    def draw(seed: int, num_steps: int) -> Callable[[int], Any]:
+        return lambda streams: synthetic_language.sequences(
+            jax.random.key(seed), max(1, num_steps // streams), streams, language=language
+        )
+
+    rate = synthetic_language.entropy_rate_bits(language)
+    parts = (draw(1000, steps), draw(1001, steps // 4), draw(1002, steps // 4))
+    return Tokens(len(language.symbols), *parts, None, f"brackets, entropy rate {rate:.4f} bits a symbol")
+
+
+def _require_no_data(data: Path | None, name: str) -> None:
+    if data is not None:
+        raise ValueError(f"task {name!r} is synthetic, but --data names {str(data)!r}: leave --data out")
+
+
+def _stacked(layers: int, make: Callable[[int], Any], input_size: int, width: int) -> Any:
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    sizes = [input_size] + [width] * (layers - 1)
+    return make(input_size) if layers == 1 else cells.stack([make(size) for size in sizes])
+
+
+def tanh(input_size: int, *, width: int = 128, layers: int = 1) -> Any:
+    """h = tanh(W h + U x + b)."""
+    return _stacked(layers, lambda size: cells.tanh(size, width), input_size, width)
+
+
+def leaky(input_size: int, *, width: int = 128, rate: float = 0.1, layers: int = 1) -> Any:
+    """A tanh unit that moves by a fraction `rate` towards its new value."""
+    return _stacked(layers, lambda size: cells.leaky(size, width, rate), input_size, width)
+
+
+def gru(input_size: int, *, width: int = 128, layers: int = 1) -> Any:
+    """Gated recurrent unit."""
+    return _stacked(layers, lambda size: cells.gru(size, width), input_size, width)
+
+
+def lstm(input_size: int, *, width: int = 128, forget_bias: float = 1.0, layers: int = 1) -> Any:
+    """Long short-term memory."""
+    return _stacked(layers, lambda size: cells.lstm(size, width, forget_bias), input_size, width)
+
+
+class Windowed(NamedTuple):
+    """An estimator, and how it is fed.
+
+    Attributes:
+      estimator: the estimator.
+      window: how many steps of data an update is given.
+      consumed: how many of them it consumes, on average where that is random.
+    """
+
+    estimator: jtrunc.GradientEstimator
+    window: int
+    consumed: int
+
+
+def bptt(system: jtrunc.System, *, window: int = 100) -> Windowed:
+    """Backpropagation through the whole of each window; windows do not overlap."""
+    return Windowed(jtrunc.bptt(system), window, window)
+
+
+def truncated_bptt(system: jtrunc.System, *, length: int = 50) -> Windowed:
+    """Backpropagation cut every `length` steps: cheap, and biased towards short influences."""
+    return Windowed(jtrunc.truncated_bptt(system, length), length, length)
+
+
+def windowed_bptt(system: jtrunc.System, *, backward_steps: int = 50, loss_steps: int = 10) -> Windowed:
+    """BPTT(K1, K2): scores the last K2 = loss_steps, looks back K1 = backward_steps; windows overlap."""
+    estimator = jtrunc.windowed_bptt(system, backward_steps, loss_steps)
+    return Windowed(estimator, backward_steps + 1, loss_steps)
+
+
+def artbp(
+    system: jtrunc.System, *, mean_length: float = 50, alpha: float = 4.0, window: int = 500
+) -> Windowed:
+    """Unbiased within windows of `window` steps: random cuts inside, reweighted by 1/(1-c)."""
+    law = jtrunc.truncation.polynomial(mean_length, alpha)
+    return Windowed(jtrunc.artbp(system, law), window, window)
+
+
+def online_artbp(
+    system: jtrunc.System, *, mean_length: float = 50, alpha: float = 4.0, look_ahead: int = 0
+) -> Windowed:
+    """Unbiased on the whole stream: one random, reweighted window an update (look-ahead 0: long enough)."""
+    law = jtrunc.truncation.polynomial(mean_length, alpha)
+    estimator = jtrunc.online_artbp(system, law)
+    return Windowed(estimator, look_ahead or long_enough(mean_length, alpha), max(1, round(mean_length)))
+
+
+def long_enough(mean_length: float, alpha: float, probability: float = HIT_PROBABILITY) -> int:
+    """A look-ahead N that an ARTBP window exceeds with at most `probability`.
+
+    P(window > N) = Π_{k≤N} (1 − (α−1)/((α−2) L₀ + k)) ≤ (1 + N/((α−2) L₀))^−(α−1), solved for N.
+
+      >>> long_enough(16, 6.0)
+      577
+    """
+    scale = (alpha - 2) * mean_length
+    return math.ceil(scale * (probability ** (-1 / (alpha - 1)) - 1))
+
+
+def sgd(learning_rate: Any, *, momentum: float = 0.0) -> optax.GradientTransformation:
+    """Gradient descent; the gradient is a sum over the window, so long windows take longer steps."""
+    return optax.sgd(learning_rate, momentum or None)
+
+
+def adam(learning_rate: Any, *, b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
+    """Adam; the scale of the gradient, and so the window's length, cancels."""
+    return optax.adam(learning_rate, b1, b2)
+
+
+def rmsprop(learning_rate: Any, *, decay: float = 0.9) -> optax.GradientTransformation:
+    """RMSProp."""
+    return optax.rmsprop(learning_rate, decay)
+
+
+TASKS = {"characters": characters, "penn-treebank": penn_treebank, "copy": copy, "brackets": brackets}
+CELLS = {"lstm": lstm, "gru": gru, "tanh": tanh, "leaky": leaky}
+ESTIMATORS = {
+    "truncated-bptt": truncated_bptt,
+    "online-artbp": online_artbp,
+    "artbp": artbp,
+    "windowed-bptt": windowed_bptt,
+    "bptt": bptt,
+}
+OPTIMIZERS = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop}

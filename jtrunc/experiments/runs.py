@@ -1,0 +1,227 @@
+"""One training run of a token task, and the two commands that are made of such runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import jtrunc
+from jtrunc import cells, training
+from jtrunc.experiments.names import Choice, choose
+from jtrunc.experiments.parts import CELLS, ESTIMATORS, OPTIMIZERS, TASKS, Tokens
+from jtrunc.experiments.report import fresh_folder, table, write_json
+from jtrunc.experiments.sampling import sample
+
+STEPS_PER_LINE = 500
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What runs share that are to be compared."""
+
+    task: str = "characters"
+    """characters, penn-treebank, copy or brackets, with options: copy:longest=20 (see `jtrunc list`)."""
+    data: Path | None = None
+    """Text file or folder of text files to learn from; without it `characters` reads Python's own library."""
+    cell: str = "lstm:width=128"
+    """Recurrent cell, with options: lstm:width=256,layers=2 (see `jtrunc list`)."""
+    optimizer: str = "adam"
+    """Optimiser, with options: sgd:momentum=0.9 (see `jtrunc list`)."""
+    learning_rate: float = 2e-3
+    """Learning rate; gradients are sums over a window's steps and means over the streams."""
+    streams: int = 16
+    """Parallel streams that the text is laid out in (the batch)."""
+    seeds: int = 1
+    """Independent runs, with seeds 0, 1, ..., in one program."""
+    steps: int = 50_000
+    """Time steps of each stream to train on; a run has steps / (window length) updates."""
+    evaluate_every: int = 10_000
+    """Time steps between two evaluations on the validation data."""
+    resume: bool = False
+    """Go on with the run in --output."""
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+      label: the estimator in command-line notation.
+      result: `jtrunc.training.TrainResult` with a leading axis of seeds.
+      timesteps: at each evaluation, (evaluations,), averaged over seeds.
+      test_bits: bits a token on the test data, (seeds,).
+      seconds: of training and evaluation.
+    """
+
+    label: str
+    result: training.TrainResult
+    timesteps: np.ndarray
+    test_bits: np.ndarray
+    seconds: float
+
+
+class Problem(NamedTuple):
+    """Task and model, read and made once for all runs."""
+
+    tokens: Tokens
+    model: cells.Model
+    data: dict[str, Any]
+
+
+def problem(setup: Setup) -> Problem:
+    """Reads the task's data and makes the model; prints what was read."""
+    task, cell = choose(setup.task, TASKS, "task"), choose(setup.cell, CELLS, "cell")
+    choose(setup.optimizer, OPTIMIZERS, "optimizer")
+    for name in ("streams", "seeds", "steps", "evaluate_every"):
+        if getattr(setup, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(setup, name)}")
+    if not setup.learning_rate > 0:
+        raise ValueError(f"--learning-rate must be positive, got {setup.learning_rate}")
+    tokens = task.make(setup.data, **task.options)
+    made = cell.make(tokens.num_classes, **cell.options)
+    model = cells.model(made, tokens.num_classes, cells.softmax_cross_entropy)
+    data = {name: tuple(getattr(tokens, name)(setup.streams)) for name in ("train", "valid", "test")}
+    length = len(data["train"][0])
+    print(f"{tokens.summary}\n{cell.label}, {length:,} steps in each of {setup.streams} streams", flush=True)
+    return Problem(tokens, model, data)
+
+
+def one_run(
+    setup: Setup, given: Problem, estimator: Choice, folder: Path, splits: tuple[str, ...] = ("valid",)
+) -> Run:
+    """Trains every seed with one estimator, in a folder of its own; goes on with the run if it holds one.
+
+    The named splits of the data are evaluated on the way, of training data as much as there is held out.
+    """
+    system, streams = given.model.system, (setup.streams,)
+    optimizer = choose(setup.optimizer, OPTIMIZERS, "optimizer")
+    made, window, consumed = estimator.make(system, **estimator.options)
+    held_out = max(len(given.data[name][0]) for name in ("valid", "test"))
+    log_every = max(1, round(STEPS_PER_LINE / consumed))
+    lines_per_evaluation = max(1, round(setup.evaluate_every / consumed / log_every))
+    start = time.monotonic()
+    result = training.train(
+        system,
+        given.model.init,
+        given.model.initial_hidden(streams),
+        made,
+        optimizer.make(setup.learning_rate, **optimizer.options),
+        given.data["train"],
+        window=window,
+        num_updates=max(1, round(setup.steps / consumed)),
+        seeds=setup.seeds,
+        log_every=log_every,
+        eval_data={name: tuple(leaf[:held_out] for leaf in given.data[name]) for name in splits},
+        eval_every=lines_per_evaluation * log_every,
+        out_dir=folder,
+        resume=(folder / "config.json").exists(),
+        config={"task": setup.task, "cell": setup.cell, "estimator": estimator.label,
+                "optimizer": f"{optimizer.label} {setup.learning_rate}"},
+    )  # fmt: skip
+    hidden = given.model.initial_hidden(streams)
+    test = training.evaluate(system, result.params, hidden, given.data["test"], seed_axis=True)
+    at = np.searchsorted(result.history["update"], result.evaluations["valid"]["update"])
+    timesteps = result.history["timestep"][at].mean(axis=1)
+    return Run(estimator.label, result, timesteps, test.bits, time.monotonic() - start)
+
+
+def train(setup: Setup, estimator: str, output: Path) -> list[Path]:
+    """The command `train`: one estimator; returns the paths of picture, summary and sample."""
+    chosen = choose(estimator, ESTIMATORS, "estimator")
+    claim(setup.resume, output)
+    given = problem(setup)
+    runs = [one_run(setup, given, chosen, output)]
+    paths = report(runs, setup, output)
+    if given.tokens.vocabulary is not None:
+        text = written(given, runs[0])
+        print(f"\nA sample of what it writes (seed 0):\n{text}\n")
+        paths.append(output / "sample.txt")
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Path]:
+    """The command `compare`: several estimators, each in a subfolder; returns the paths of its results."""
+    chosen = [choose(text, ESTIMATORS, "estimator") for text in estimators]
+    if len({choice.label for choice in chosen}) < len(chosen) or not chosen:
+        raise ValueError(f"--estimators must be at least one, none twice, got {' '.join(estimators)!r}")
+    claim(setup.resume, output)
+    given = problem(setup)
+    runs = []
+    for choice in chosen:
+        print(f"{choice.label} ...", flush=True)
+        runs.append(one_run(setup, given, choice, output / choice.label.replace(":", "-").replace(",", "-")))
+    return report(runs, setup, output)
+
+
+def claim(resume: bool, output: Path) -> None:
+    if not resume:
+        fresh_folder(output)
+    elif not output.is_dir():
+        raise ValueError(f"no run to resume in {str(output)!r}: check --output, or leave out --resume")
+
+
+def report(runs: list[Run], setup: Setup, folder: Path) -> list[Path]:
+    """Prints the table, draws the picture, writes the summary as JSON."""
+    header = ["estimator", "seed", "train", "valid", "test", "updates", "steps", "seconds"]
+    rows, records = [], []
+    for run in runs:
+        history, valid = run.result.history, run.result.evaluations["valid"]
+        last = max(1, len(history["loss"]) // 20)
+        train_bits = history["loss"][-last:].mean(axis=0) / np.log(2)
+        for i, seed in enumerate(run.result.seeds or ()):
+            bits = [round(float(x), 4) for x in (train_bits[i], valid["bits"][-1, i], run.test_bits[i])]
+            counts = [int(history["update"][-1]), int(history["timestep"][-1, i])]
+            rows.append([run.label, str(seed), *bits, *counts, round(run.seconds, 1)])
+        records.append(_record(run, train_bits))
+    print("\nBits per token: training (mean of the last 5 % of the run), validation, test")
+    print(table(header, rows), flush=True)
+    summary = write_json(folder / "summary.json", setup, runs=records)
+    return [picture(runs, folder / "curves.png"), summary]
+
+
+def _record(run: Run, train_bits: np.ndarray) -> dict[str, Any]:
+    valid = run.result.evaluations["valid"]
+    return {
+        "estimator": run.label,
+        "seeds": list(run.result.seeds or ()),
+        "train_bits": train_bits.tolist(),
+        "valid_bits": valid["bits"].tolist(),
+        "valid_updates": valid["update"].tolist(),
+        "valid_timesteps": run.timesteps.tolist(),
+        "test_bits": run.test_bits.tolist(),
+        "seconds": run.seconds,
+    }
+
+
+def picture(runs: list[Run], path: Path) -> Path:
+    """Bits per token against time steps: training as thin lines, validation as markers."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        history, valid = run.result.history, run.result.evaluations["valid"]
+        axes.plot(history["timestep"], history["loss"] / np.log(2), color=f"C{i}", alpha=0.4, linewidth=0.7)
+        lines = axes.plot(run.timesteps, valid["bits"], color=f"C{i}", marker="osD^v"[i % 5], markersize=4)
+        lines[0].set_label(f"{run.label}, validation")
+    axes.set(xlabel="time steps of each stream", ylabel="bits per token", xscale="log")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def written(given: Problem, run: Run, num_tokens: int = 400, temperature: float = 0.8) -> str:
+    """A text sample from the first seed's parameters, after the first 100 characters of the test data."""
+    vocabulary = given.tokens.vocabulary
+    if vocabulary is None:
+        raise ValueError("this task has no vocabulary to write with; use a text task")
+    params: jtrunc.Params = jax.tree.map(lambda leaf: leaf[0], run.result.params)
+    prompt = jnp.asarray(given.data["test"][0][:100, 0])
+    drawn = sample(given.model, params, prompt, num_tokens, jax.random.key(0), temperature)
+    return vocabulary.decode(np.asarray(drawn))
