@@ -65,8 +65,8 @@ class Aux(NamedTuple):
     """What an estimate carries beside loss and gradient.
 
     Attributes:
-      loss: the `aux` of the system's loss, stacked over time (leading axis = steps of `inputs`; rows of
-        steps that were not scored are zero).
+      loss: the `aux` of the system's loss, stacked over the scored steps (rows beyond a window whose
+        length is data are zero).
       diagnostics: named scalars of the estimator, e.g. ``{"look_ahead_hits": 0}``; empty for most.
     """
 

@@ -36,6 +36,10 @@ def _no_parameters(theta: PyTree) -> PyTree:
     return ()
 
 
+def _output_alone(inputs: PyTree, output: Any) -> PyTree:
+    return output
+
+
 class Structure(NamedTuple):
     """A transition as affine maps of features, then elementwise.
 
@@ -61,11 +65,14 @@ class Stack(NamedTuple):
 
     Attributes:
       layers: one `Structure` a layer.
-      outputs: one ``hidden -> array`` a layer: what the layer above reads as its inputs.
+      outputs: one ``hidden -> array`` a layer: what the layer above reads.
+      pass_up: ``(inputs, output) -> inputs`` of the layer above, from those of the layer below and its
+        output; the output alone unless a wrapper needs more (a reset flag, say, that every layer sees).
     """
 
     layers: tuple[Structure, ...]
     outputs: tuple[Callable[[PyTree], Any], ...]
+    pass_up: Callable[[PyTree, Any], PyTree] = _output_alone
 
 
 def project(features: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -103,7 +110,63 @@ def _stack_transition(stack: Stack) -> Transition:
         new_hidden = []
         for layer, output, theta_l, hidden_l in zip(transitions, stack.outputs, theta, hidden, strict=True):
             new_hidden.append(layer(theta_l, hidden_l, inputs))
-            inputs = output(new_hidden[-1])
+            inputs = stack.pass_up(inputs, output(new_hidden[-1]))
         return tuple(new_hidden)
 
     return transition
+
+
+class Wrapper(NamedTuple):
+    """An elementwise change around a transition on inputs ``(flag, x)``.
+
+    Attributes:
+      before: ``(flag, hidden) -> hidden``: what the transition sees instead of hₜ₋₁.
+      after: ``(flag, hidden, new_hidden) -> hidden``: what becomes of its result.
+    """
+
+    before: Callable[[Any, PyTree], PyTree] = lambda flag, hidden: hidden
+    after: Callable[[Any, PyTree, PyTree], PyTree] = lambda flag, hidden, new_hidden: new_hidden
+
+
+def wrap_transition(transition: Transition, wrapper: Wrapper) -> Transition:
+    """A transition on ``(flag, x)``."""
+
+    def wrapped(theta: PyTree, hidden: PyTree, inputs: PyTree) -> PyTree:
+        flag, x = inputs
+        return wrapper.after(flag, hidden, transition(theta, wrapper.before(flag, hidden), x))
+
+    return wrapped
+
+
+def wrap_structure(
+    structure: Structure | Stack | None, wrappers: Wrapper | tuple[Wrapper, ...]
+) -> Structure | Stack | None:
+    """The structure of the wrapped transition; one wrapper a layer for a `Stack`."""
+    if structure is None:
+        return None
+    if isinstance(structure, Stack):
+        assert isinstance(wrappers, tuple)
+        pairs = zip(structure.layers, wrappers, strict=True)
+        return Stack(
+            tuple(_wrap_layer(layer, wrapper) for layer, wrapper in pairs),
+            structure.outputs,
+            lambda inputs, output: (inputs[0], structure.pass_up(inputs[1], output)),
+        )
+    assert isinstance(wrappers, Wrapper)
+    return _wrap_layer(structure, wrappers)
+
+
+def _wrap_layer(structure: Structure, wrapper: Wrapper) -> Structure:
+    def hidden_features(hidden: PyTree, inputs: PyTree) -> dict[str, jax.Array]:
+        flag, x = inputs
+        return structure.hidden_features(wrapper.before(flag, hidden), x)
+
+    def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
+        flag, x = inputs
+        return wrapper.after(flag, hidden, structure.combine(elementwise, wrapper.before(flag, hidden), x, p))
+
+    return structure._replace(
+        hidden_features=hidden_features,
+        input_features=lambda inputs: structure.input_features(inputs[1]),
+        combine=combine,
+    )

@@ -1,0 +1,15 @@
+"""Gradient estimators for recurrent dynamical systems: a system is a transition and a loss."""
+
+from jtrunc import cells as cells
+from jtrunc.backward import truncation as truncation
+from jtrunc.backward.bptt import bptt as bptt
+from jtrunc.backward.truncated import truncated_bptt as truncated_bptt
+from jtrunc.backward.unroll import unroll as unroll
+from jtrunc.backward.windowed import windowed_bptt as windowed_bptt
+from jtrunc.base import Aux as Aux
+from jtrunc.base import Estimate as Estimate
+from jtrunc.base import GradientEstimator as GradientEstimator
+from jtrunc.base import Params as Params
+from jtrunc.base import System as System
+from jtrunc.combinators import per_stream as per_stream
+from jtrunc.combinators import with_resets as with_resets

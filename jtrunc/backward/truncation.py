@@ -1,0 +1,192 @@
+"""Truncation laws: where the backward pass is cut, and with which probability.
+
+A law looks at the boundary between step i and step i + 1 and says whether it is cut and with which
+probability c it could have been. The edge across it then has the weight w = 0 if cut, else 1/(1 − c).
+Laws are parts: `artbp`, `online_artbp` and `scan` take any of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.base import PyTree
+from jtrunc.checks import check_size
+
+
+class Boundary(NamedTuple):
+    """What a law may look at.
+
+    Attributes:
+      index: int32, the step i of the present `inputs` after which the boundary lies.
+      elapsed: int32, steps since the last cut, step i included (δt of eq. 14; errata 2): at least 1.
+      hidden: hₜ after step i, or None for laws that do not read it.
+    """
+
+    index: jax.Array
+    elapsed: jax.Array
+    hidden: PyTree = None
+
+
+class Truncation(NamedTuple):
+    """A law of truncation; make one with the functions of this module.
+
+    Attributes:
+      probability: ``Boundary -> c``, the compensated probability of a cut.
+      cut: ``(Boundary, c, uniform) -> bool``, the decision, given one uniform draw on [0, 1).
+      random: whether `cut` reads the draw, so that a key is needed.
+      reads_hidden: whether `probability` or `cut` reads the hidden state.
+      length: how many boundaries the law is given for, or None for any number.
+    """
+
+    probability: Callable[[Boundary], jax.Array]
+    cut: Callable[[Boundary, jax.Array, jax.Array], jax.Array]
+    random: bool
+    reads_hidden: bool = False
+    length: int | None = None
+
+
+def never() -> Truncation:
+    """No cut: w = 1, exact backpropagation through time."""
+    return Truncation(_zero, lambda boundary, c, uniform: jnp.asarray(False), random=False)
+
+
+def every(length: int) -> Truncation:
+    """A cut whenever `length` steps have passed since the last: truncated BPTT. Biased: no compensation.
+
+    Args:
+      length: L ≥ 1, steps.
+
+    Raises:
+      TypeError, ValueError: `length` is not a positive integer.
+    """
+    check_size("truncation.every", "length", length)
+    return Truncation(_zero, lambda boundary, c, uniform: boundary.elapsed >= length, random=False)
+
+
+def constant(c: float) -> Truncation:
+    """A cut with the same probability c at each boundary: mean length 1/c (ARTBP paper, section 4).
+
+    The weights 1/(1 − c) compound exponentially, so the variance stays bounded only where the transition
+    contracts faster than 1 − c; see `polynomial`.
+
+    Raises:
+      ValueError: c outside [0, 1).
+    """
+    if _is_number("truncation.constant", "c", c) and not 0.0 <= c < 1.0:
+        raise ValueError(f"truncation.constant: `c` must lie in [0, 1), not {c}; a certain cut cannot be compensated")
+    return _random(lambda boundary: jnp.asarray(c, dtype=float))
+
+
+def polynomial(mean_length: float, alpha: float) -> Truncation:
+    """c = (α − 1) / ((α − 2) L₀ + δt): window lengths fall off like L^(−α) (ARTBP paper, eq. 14).
+
+    δt counts the steps since the last cut, 1 on the first step after it, with a cut before the first step
+    (errata 2). The mean length is then exactly L₀; the variance is finite for α > 3.
+
+    Args:
+      mean_length: L₀ > 1, steps.
+      alpha: α > 2; larger means fewer long windows and larger weights.
+
+    Raises:
+      ValueError: L₀ ≤ 1 or α ≤ 2.
+
+    Example:
+
+      >>> law = polynomial(mean_length=16, alpha=6)
+      >>> round(float(law.probability(Boundary(jnp.int32(0), jnp.int32(1)))), 4)
+      0.0769
+    """
+    if _is_number("truncation.polynomial", "mean_length", mean_length) and not mean_length > 1.0:
+        raise ValueError(f"truncation.polynomial: `mean_length` must exceed 1, not {mean_length}; else c reaches 1")
+    if _is_number("truncation.polynomial", "alpha", alpha) and not alpha > 2.0:
+        raise ValueError(f"truncation.polynomial: `alpha` must exceed 2, not {alpha}; else no mean length exists")
+    return _random(lambda boundary: (alpha - 1.0) / ((alpha - 2.0) * mean_length + boundary.elapsed))
+
+
+def given(cuts: Any, probabilities: Any) -> Truncation:
+    """Cuts drawn elsewhere: cuts[i] = 1 cuts between step i and step i + 1 of `inputs`, drawn with c = probabilities[i].
+
+    Unbiased if and only if the cuts were drawn with those probabilities, each given the ones before it.
+
+    Args:
+      cuts: (T,) zeros and ones, or booleans.
+      probabilities: (T,) in [0, 1).
+
+    Raises:
+      ValueError: not one axis, unequal or zero lengths, values outside [0, 1) or other than 0 and 1.
+    """
+    cuts, probabilities = jnp.asarray(cuts), jnp.asarray(probabilities, dtype=float)
+    for name, values in (("cuts", cuts), ("probabilities", probabilities)):
+        if values.ndim != 1 or values.shape[0] == 0:
+            raise ValueError(f"truncation.given: `{name}` must have shape (T,) with T ≥ 1, not {values.shape}")
+    if cuts.shape != probabilities.shape:
+        raise ValueError(
+            f"truncation.given: `cuts` {cuts.shape} and `probabilities` {probabilities.shape} must be equally long"
+        )
+    if _concrete(cuts) and not bool(((cuts == 0) | (cuts == 1)).all()):
+        raise ValueError(f"truncation.given: `cuts` must be zeros and ones, not {cuts}")
+    if _concrete(probabilities) and not bool(((probabilities >= 0) & (probabilities < 1)).all()):
+        raise ValueError(f"truncation.given: `probabilities` must lie in [0, 1), not {probabilities}")
+    return Truncation(
+        probability=lambda boundary: probabilities[boundary.index],
+        cut=lambda boundary, c, uniform: cuts[boundary.index] != 0,
+        random=False,
+        length=cuts.shape[0],
+    )
+
+
+def from_probability(fn: Callable[..., Any]) -> Truncation:
+    """A cut with the probability that your function gives: ``fn(elapsed) -> c`` or ``fn(elapsed, hidden) -> c``.
+
+    `elapsed` is int32, the steps since the last cut (1 on the first step after it); `hidden` is hₜ after
+    the step. c is one scalar for the whole state. A value outside [0, 1) turns the gradient into nan.
+
+    Raises:
+      TypeError: `fn` is no function of one or two arguments.
+    """
+    if not callable(fn):
+        raise TypeError(f"truncation.from_probability: `fn` must be a function, not {fn!r}")
+    parameters = inspect.signature(fn).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    reads_hidden = len(positional) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    if not positional and not reads_hidden:
+        raise TypeError("truncation.from_probability: `fn` must take (elapsed) or (elapsed, hidden)")
+
+    def probability(boundary: Boundary) -> jax.Array:
+        value = fn(boundary.elapsed, boundary.hidden) if reads_hidden else fn(boundary.elapsed)
+        c = jnp.asarray(value, dtype=float)
+        if c.shape != ():
+            raise ValueError(f"truncation.from_probability: `fn` must return a scalar, not shape {c.shape}")
+        c = jax.lax.stop_gradient(c)
+        return jnp.where((c >= 0.0) & (c < 1.0), c, jnp.nan)
+
+    return _random(probability, reads_hidden)
+
+
+def edge_weight(cut: jax.Array, c: jax.Array) -> jax.Array:
+    """w = 0 where the boundary is cut, else 1/(1 − c)  (ARTBP paper, eq. 11)."""
+    return jnp.where(cut, 0.0, 1.0 / (1.0 - c))
+
+
+def _random(probability: Callable[[Boundary], jax.Array], reads_hidden: bool = False) -> Truncation:
+    return Truncation(probability, lambda boundary, c, uniform: uniform < c, True, reads_hidden)
+
+
+def _zero(boundary: Boundary) -> jax.Array:
+    return jnp.zeros((), dtype=float)
+
+
+def _concrete(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _is_number(owner: str, name: str, value: Any) -> bool:
+    """Whether a parameter can be checked now; traced scalars are taken on trust."""
+    if isinstance(value, bool) or not jnp.isscalar(value) and getattr(value, "shape", None) != ():
+        raise TypeError(f"{owner}: `{name}` must be a real number, not {value!r}")
+    return _concrete(value)

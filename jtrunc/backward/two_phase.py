@@ -1,0 +1,358 @@
+"""Two-phase backward pass for structured transitions.
+
+Phase one is a reverse scan for the cotangents δₜ of the preactivations alone; phase two is one matrix
+product per weight over all steps, dW = Σₜ aₜᵀ δₜ. The plain transposed scan instead reads and writes every
+dW once a step, which dominates wherever the batch is small beside the width. What depends on the inputs
+alone is projected for all steps at once before the scan.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtrunc.base import PyTree
+from jtrunc.structure import Affine, Stack, Structure, project
+from jtrunc.trees import cotangent_tree, is_inexact, partition_inexact, weighted_cotangent
+
+Named = dict[str, jax.Array]
+
+ROWS_PER_WIDTH = 4
+"""The two-phase pass is taken while rows × this ≤ width (measured: `benchmarks/speed`)."""
+
+
+class Layout(NamedTuple):
+    """How the maps of a structure are fused; static, computed from shapes.
+
+    Attributes:
+      hidden_groups: names of the maps that read the very same hidden features: one product each.
+      input_groups: likewise for input features.
+      widths: ``((name, outputs), ...)`` in the order of the fused arrays: maps of inputs alone, of both,
+        of the hidden state alone, so that the columns of each product are contiguous.
+      num_input_only: how many of the names read inputs alone.
+    """
+
+    hidden_groups: tuple[tuple[str, ...], ...]
+    input_groups: tuple[tuple[str, ...], ...]
+    widths: tuple[tuple[str, int], ...]
+    num_input_only: int
+
+    def split(self, array: jax.Array, names: tuple[str, ...]) -> Named:
+        """The columns of a fused array of these maps, by name."""
+        widths = dict(self.widths)
+        stops = np.cumsum([widths[name] for name in names])[:-1].tolist()
+        return dict(zip(names, jnp.split(array, stops, axis=-1), strict=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.widths)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The maps whose preactivations the forward pass must save: those that read the hidden state."""
+        return self.names[self.num_input_only :]
+
+
+class Weights(NamedTuple):
+    """Fused kernels and biases, one ``(kernel, bias or None)`` a group, and the elementwise parameters."""
+
+    hidden: tuple[tuple[jax.Array, jax.Array | None], ...]
+    input: tuple[tuple[jax.Array, jax.Array | None], ...]
+    elementwise: PyTree
+
+
+def layout_of(structure: Structure, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Layout:
+    """Reads off, from the shapes of one step, which maps share features and in which order they lie."""
+    affine = jax.eval_shape(structure.affine, theta)
+
+    def kind(name: str) -> int:
+        return 1 + (affine[name].hidden_kernel is not None) - (affine[name].input_kernel is not None)
+
+    names = sorted(affine, key=kind)
+    groups: list[tuple[tuple[str, ...], ...]] = []
+
+    def record(hidden: PyTree, inputs: PyTree) -> None:
+        groups.append(_sharing(structure.hidden_features(hidden, inputs), names))
+        groups.append(_sharing(structure.input_features(inputs), names))
+
+    jax.eval_shape(record, hidden, inputs)
+    widths = tuple((name, next(w.shape[-1] for w in affine[name] if w is not None)) for name in names)
+    return Layout(groups[0], groups[1], widths, sum(kind(name) == 0 for name in names))
+
+
+def _sharing(features: Named, names: list[str]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        if name in features:
+            groups.setdefault(id(features[name]), []).append(name)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def fuse(structure: Structure, layout: Layout, theta: PyTree) -> Weights:
+    """θ as the fused weights of `layout`; a bias goes with the input kernel where there is one."""
+    affine = structure.affine(theta)
+
+    def group_weights(group: tuple[str, ...], side: str) -> tuple[jax.Array, jax.Array | None]:
+        maps = [affine[name] for name in group]
+        kernel = jnp.concatenate([getattr(weights, side) for weights in maps], axis=-1)
+        biases = [_bias_on(weights, side) for weights in maps]
+        if all(bias is None for bias in biases):
+            return kernel, None
+        filled = [
+            jnp.zeros_like(weights.hidden_kernel[0]) if bias is None else bias  # pyright: ignore
+            for weights, bias in zip(maps, biases, strict=True)
+        ]
+        return kernel, jnp.concatenate(filled)
+
+    return Weights(
+        hidden=tuple(group_weights(group, "hidden_kernel") for group in layout.hidden_groups),
+        input=tuple(group_weights(group, "input_kernel") for group in layout.input_groups),
+        elementwise=structure.elementwise(theta),
+    )
+
+
+def _bias_on(weights: Affine, side: str) -> jax.Array | None:
+    belongs = "hidden_kernel" if weights.input_kernel is None else "input_kernel"
+    return weights.bias if side == belongs else None
+
+
+def _products(
+    layout: Layout,
+    groups: tuple[tuple[str, ...], ...],
+    weights: tuple[tuple[jax.Array, jax.Array | None], ...],
+    features: Named,
+) -> Named:
+    """``a W + b`` of every map in these groups, one product a group."""
+    values: Named = {}
+    for group, (kernel, bias) in zip(groups, weights, strict=True):
+        value = project(features[group[0]], kernel)
+        if bias is not None:
+            value = value + jnp.expand_dims(bias, tuple(range(value.ndim - 1)))
+        values |= layout.split(value, group)
+    return values
+
+
+def project_inputs(structure: Structure, layout: Layout, weights: Weights, inputs: PyTree) -> Named:
+    """What the maps add from the inputs alone, for all steps at once: ``a′(x) W′ + b``, (T, ..., outputs)."""
+    features = jax.vmap(structure.input_features)(inputs)
+    return _products(layout, layout.input_groups, weights.input, features)
+
+
+def project_hidden(
+    structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree
+) -> Named:
+    """What the maps add from the hidden state, for one step: ``a(h, x) W``."""
+    return _products(layout, layout.hidden_groups, weights.hidden, structure.hidden_features(hidden, inputs))
+
+
+def forward_step(
+    structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree, projected: Named
+) -> tuple[PyTree, jax.Array]:
+    """One transition from projected inputs: hₜ, and the preactivations to save, fused."""
+    from_hidden = project_hidden(structure, layout, weights, hidden, inputs)
+    preactivations = dict(projected)
+    for name, value in from_hidden.items():
+        preactivations[name] = value + projected[name] if name in projected else value
+    new_hidden = structure.combine(weights.elementwise, hidden, inputs, preactivations)
+    return new_hidden, jnp.concatenate([preactivations[name] for name in layout.saved], axis=-1)
+
+
+class StepCotangents(NamedTuple):
+    """What one backward step yields: of the fused preactivations, hₜ₋₁, the elementwise parameters, xₜ."""
+
+    delta: jax.Array
+    hidden: PyTree
+    elementwise: PyTree
+    inputs: list[jax.Array]
+
+
+def backward_step(
+    structure: Structure,
+    layout: Layout,
+    weights: Weights,
+    hidden: PyTree,
+    inputs: PyTree,
+    projected: Named,
+    saved: jax.Array,
+    cotangent: PyTree,
+) -> StepCotangents:
+    """From the cotangent of hₜ to those of everything that step t read, except the weights of its maps."""
+    input_leaves, restore = partition_inexact(inputs)
+    preactivations = layout.split(saved, layout.saved)
+    for name in layout.names[: layout.num_input_only]:
+        preactivations[name] = projected[name]
+
+    def combine(
+        elementwise: PyTree, hidden: PyTree, leaves: list[jax.Array], preactivations: Named
+    ) -> PyTree:
+        return structure.combine(elementwise, hidden, restore(leaves), preactivations)
+
+    _, pull_combine = jax.vjp(combine, weights.elementwise, hidden, input_leaves, preactivations)
+    elementwise_bar, hidden_bar, inputs_bar, deltas = pull_combine(cotangent)
+    _, pull_products = jax.vjp(
+        lambda hidden: project_hidden(structure, layout, weights, hidden, inputs), hidden
+    )
+    (through_products,) = pull_products({name: deltas[name] for name in layout.saved})
+    hidden_bar = jax.tree.map(jnp.add, hidden_bar, through_products)
+    delta = jnp.concatenate([deltas[name] for name in layout.names], axis=-1)
+    return StepCotangents(delta, hidden_bar, elementwise_bar, inputs_bar)
+
+
+def weight_cotangents(
+    structure: Structure,
+    layout: Layout,
+    weights: Weights,
+    hiddens: PyTree,
+    inputs: PyTree,
+    deltas: jax.Array,
+) -> tuple[Weights, list[jax.Array]]:
+    """Phase two: the cotangents of all kernels and biases, and of the inputs through their projection.
+
+    Args:
+      hiddens: hₜ₋₁ for every step, leaves (T, ...).
+      deltas: fused δₜ, (T, ..., outputs).
+    """
+    by_name = layout.split(deltas, layout.names)
+    input_leaves, restore = partition_inexact(inputs)
+
+    def input_products(kernels: Any, leaves: list[jax.Array]) -> Named:
+        return project_inputs(structure, layout, weights._replace(input=kernels), restore(leaves))
+
+    def hidden_products(kernels: Any) -> Named:
+        features = jax.vmap(structure.hidden_features)(hiddens, inputs)
+        return _products(layout, layout.hidden_groups, kernels, features)
+
+    _, pull_input = jax.vjp(input_products, weights.input, input_leaves)
+    input_bar, inputs_bar = pull_input({name: by_name[name] for name in _members(layout.input_groups)})
+    _, pull_hidden = jax.vjp(hidden_products, weights.hidden)
+    (hidden_bar,) = pull_hidden({name: by_name[name] for name in layout.saved})
+    no_elementwise = jax.tree.map(jnp.zeros_like, weights.elementwise)
+    return Weights(hidden_bar, input_bar, no_elementwise), inputs_bar
+
+
+def _members(groups: tuple[tuple[str, ...], ...]) -> list[str]:
+    return [name for group in groups for name in group]
+
+
+def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree) -> bool:
+    """Whether the two-phase pass is possible and faster: few rows beside the width; decided from shapes.
+
+    With R rows (batch) and width n, the plain pass spends R n² flops a step on dW and moves n² numbers for
+    it, so it loses where R is small; from R ≈ n/4 on both are bound by the same products.
+    """
+    if structure is None or not all(is_inexact(leaf) for leaf in jax.tree.leaves(hidden)):
+        return False
+    layer = structure
+    if isinstance(structure, Stack):
+        layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
+    inputs_t = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
+    features = jax.eval_shape(layer.hidden_features, hidden, inputs_t)
+    if not features:
+        return False
+    widest = max(features.values(), key=lambda feature: feature.shape[-1])
+    rows = widest.size // widest.shape[-1]
+    return rows * ROWS_PER_WIDTH <= widest.shape[-1] or rows == 1
+
+
+def structured_hiddens(
+    structure: Structure | Stack, theta: PyTree, hidden: PyTree, inputs: PyTree, edges: jax.Array | None
+) -> PyTree:
+    """All hidden states h₁ … h_T, leaves (T, ...), of a structured transition; differentiable.
+
+    Args:
+      edges: (T,) or None: the weight of the edge that enters each step, on the backward pass alone.
+    """
+    if isinstance(structure, Structure):
+        return _layer_hiddens(structure, False, theta, hidden, inputs, edges)
+    stacked: list[PyTree] = []
+    for depth, (layer, output) in enumerate(zip(structure.layers, structure.outputs, strict=True)):
+        stacked.append(_layer_hiddens(layer, depth > 0, theta[depth], hidden[depth], inputs, edges))
+        inputs = structure.pass_up(inputs, jax.vmap(output)(stacked[-1]))
+    return tuple(stacked)
+
+
+def _layer_hiddens(
+    structure: Structure,
+    inputs_flow: bool,
+    theta: PyTree,
+    hidden: PyTree,
+    inputs: PyTree,
+    edges: jax.Array | None,
+) -> PyTree:
+    layout = layout_of(structure, theta, hidden, jax.tree.map(lambda leaf: leaf[0], inputs))
+    weights = fuse(structure, layout, theta)
+    return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan_hiddens(
+    structure: Structure,
+    layout: Layout,
+    inputs_flow: bool,
+    weights: Weights,
+    hidden: PyTree,
+    inputs: PyTree,
+    edges: jax.Array | None,
+) -> PyTree:
+    return _scan_forward(structure, layout, inputs_flow, weights, hidden, inputs, edges)[0]
+
+
+def _scan_forward(
+    structure: Structure,
+    layout: Layout,
+    inputs_flow: bool,
+    weights: Weights,
+    hidden: PyTree,
+    inputs: PyTree,
+    edges: jax.Array | None,
+) -> tuple[PyTree, Any]:
+    projected = project_inputs(structure, layout, weights, inputs)
+
+    def step(hidden: PyTree, xs: Any) -> tuple[PyTree, Any]:
+        inputs_t, projected_t = xs
+        hidden, saved = forward_step(structure, layout, weights, hidden, inputs_t, projected_t)
+        return hidden, (hidden, saved)
+
+    _, (hiddens, saved) = jax.lax.scan(step, hidden, (inputs, projected))
+    input_only = {name: projected[name] for name in layout.names[: layout.num_input_only]}
+    return hiddens, (weights, hidden, inputs, edges, hiddens, saved, input_only)
+
+
+def _scan_backward(
+    structure: Structure, layout: Layout, inputs_flow: bool, residuals: Any, hiddens_bar: PyTree
+) -> tuple[Weights, PyTree, PyTree, Any]:
+    weights, hidden, inputs, edges, hiddens, saved, projected = residuals
+    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), hidden, hiddens)
+
+    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+        from_future, elementwise_bar = carry
+        hidden_bar, hidden_t, inputs_t, projected_t, saved_t, edge = xs
+        cotangent = jax.tree.map(jnp.add, hidden_bar, from_future)
+        bars = backward_step(
+            structure, layout, weights, hidden_t, inputs_t, projected_t, saved_t, cotangent
+        )
+        elementwise_bar = jax.tree.map(jnp.add, elementwise_bar, bars.elementwise)
+        to_past = bars.hidden if edge is None else weighted_cotangent(edge, bars.hidden)
+        return (to_past, elementwise_bar), (bars.delta, bars.inputs if inputs_flow else ())
+
+    start = jax.tree.map(jnp.zeros_like, (hidden, weights.elementwise))
+    (hidden_bar, elementwise_bar), (deltas, direct) = jax.lax.scan(
+        step, start, (hiddens_bar, before, inputs, projected, saved, edges), reverse=True
+    )
+    weights_bar, inputs_bar = weight_cotangents(structure, layout, weights, before, inputs, deltas)
+    if inputs_flow:
+        inputs_bar = jax.tree.map(jnp.add, inputs_bar, direct)
+    edges_bar = None if edges is None else jnp.zeros_like(edges)
+    return (
+        weights_bar._replace(elementwise=elementwise_bar),
+        hidden_bar,
+        cotangent_tree(inputs, inputs_bar),
+        edges_bar,
+    )
+
+
+_scan_hiddens.defvjp(_scan_forward, _scan_backward)

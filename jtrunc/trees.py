@@ -1,0 +1,106 @@
+"""Small operations on pytrees that mix float leaves with integer and key leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtrunc.base import PyTree
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf carries gradients: real or complex floating point."""
+    return jnp.issubdtype(jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype, jnp.inexact)
+
+
+def partition_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+    """The float leaves of a tree, and a function that puts others in their place.
+
+    Example:
+
+      >>> leaves, restore = partition_inexact({"h": jnp.ones(2), "count": jnp.int32(3)})
+      >>> len(leaves), restore([2.0 * leaves[0]])["h"].tolist()
+      (1, [2.0, 2.0])
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    inexact = [is_inexact(leaf) for leaf in leaves]
+
+    def restore(replacements: list[jax.Array]) -> PyTree:
+        new = iter(replacements)
+        merged = [next(new) if carries else leaf for leaf, carries in zip(leaves, inexact, strict=True)]
+        return jax.tree.unflatten(treedef, merged)
+
+    return [leaf for leaf, carries in zip(leaves, inexact, strict=True) if carries], restore
+
+
+def select(condition: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """`on_true` where a scalar condition holds, else `on_false`, leaf by leaf; key leaves too."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def num_time_steps(inputs: PyTree) -> int:
+    """The length of the time axis that all leaves of checked `inputs` share."""
+    return jax.tree.leaves(inputs)[0].shape[0]
+
+
+def split_at(tree: PyTree, index: int) -> tuple[PyTree, PyTree]:
+    """The first `index` steps of every leaf, and the rest."""
+    return jax.tree.map(lambda leaf: leaf[:index], tree), jax.tree.map(lambda leaf: leaf[index:], tree)
+
+
+def concatenate(trees: list[PyTree]) -> PyTree:
+    """Trees joined along the time axis."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+
+def cotangent_tree(tree: PyTree, leaves: list[jax.Array]) -> PyTree:
+    """Cotangents of the float leaves put into the structure of `tree`; integers and keys get float0."""
+    new = iter(leaves)
+    return jax.tree.map(
+        lambda leaf: next(new) if is_inexact(leaf) else np.zeros(leaf.shape, jax.dtypes.float0), tree
+    )
+
+
+def weighted_cotangent(weight: jax.Array, cotangent: PyTree) -> PyTree:
+    """``w · λ`` leaf by leaf, and exactly 0 where w = 0: a cut must stop infinities too (0 · inf is nan)."""
+
+    def scale(leaf: jax.Array) -> jax.Array:
+        # The weight is cast, so that a float32 law never widens a bfloat16 or complex state.
+        return jnp.where(weight == 0, jnp.zeros_like(leaf), weight.astype(leaf.real.dtype) * leaf)
+
+    return jax.tree.map(scale, cotangent)
+
+
+def strongly_typed(tree: PyTree) -> PyTree:
+    """Leaves as arrays without weak types, so that a state has the same type before and after an update."""
+
+    def strong(leaf: Any) -> jax.Array:
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
+
+    return jax.tree.map(strong, tree)
+
+
+def accumulator(tree: PyTree) -> PyTree:
+    """Zeros in which to sum many terms: the dtypes of `tree`, but at least 32 bits wide."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=wide_dtype(leaf)), tree)
+
+
+def add_into(total: PyTree, terms: PyTree) -> PyTree:
+    """``total + terms`` in the dtypes of `total`."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, terms)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` in the dtypes of `like`."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
+def wide_dtype(leaf: Any) -> Any:
+    """The dtype in which to sum values like `leaf`: its own, but at least 32 bits wide."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
