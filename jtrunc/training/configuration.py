@@ -1,0 +1,153 @@
+"""What a run is: enough to refuse to resume it as another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtrunc.base import GradientEstimator, PyTree
+from jtrunc.training.chunk import Program
+from jtrunc.training.step import TrainState, train_step
+
+FILE = "config.json"
+_TIED_TO_BACKEND = ("backend", "program", "first state")
+
+
+class ConfigurationError(ValueError):
+    """The folder belongs to another run; nothing was written."""
+
+
+def estimator_name(estimator: GradientEstimator) -> str:
+    """The name of the function that made the estimator: ``artbp``."""
+    return getattr(estimator.update, "__qualname__", type(estimator.update).__name__).split(".")[0]
+
+
+def configuration(
+    program: Program, state: TrainState, inputs: PyTree, data: PyTree, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON object that says what a run computes.
+
+    Args:
+      program: the compiled parts.
+      state: the first state.
+      inputs: one window.
+      data: the data; its bytes are hashed.
+      given: what the caller adds (seeds, key, own options).
+
+    Returns:
+      `given`, the estimator's name and window, SHA-256 of the data, of the first state and of the lowered
+      train step: a length or a learning rate that sits in a closure changes the program.
+    """
+    step = partial(train_step, program.estimator, program.optimizer)
+    if program.seed_axis.value != "none":
+        one = jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else leaf[0], state)
+    else:
+        one = state
+    text = jax.jit(step).lower(one, inputs).as_text()
+    return {
+        **given,
+        "estimator": estimator_name(program.estimator),
+        "window": program.window,
+        "data": hash_tree(data),
+        "first state": hash_tree(state),
+        "program": hashlib.sha256(text.encode()).hexdigest(),
+        "backend": f"jax {jax.__version__} {jax.default_backend()}",
+    }
+
+
+def hash_tree(tree: PyTree) -> str:
+    """SHA-256 over the dtypes, shapes and bytes of all leaves."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def hash_configuration(configuration: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+
+
+def begin(folder: Path, configuration: Mapping[str, Any]) -> None:
+    """Claim an empty or absent folder for a new run.
+
+    Raises:
+      ConfigurationError: if the folder holds a run already.
+      TypeError: if the configuration is no JSON object.
+    """
+    if (folder / FILE).exists():
+        raise ConfigurationError(
+            f"train: {folder} holds a run already; pass resume=True to go on with it, or another `out_dir`. "
+            "Nothing was overwritten"
+        )
+    text = json.dumps(configuration, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{FILE}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / FILE)
+
+
+def check_same(folder: Path, configuration: Mapping[str, Any]) -> str:
+    """Refuse to resume a folder that another configuration wrote.
+
+    Another release of jax or another backend is allowed, with a warning: the run goes on, but no longer bit
+    for bit.
+
+    Returns:
+      The hash of the configuration that the folder was written with.
+
+    Raises:
+      ConfigurationError: naming the entries that differ; nothing is written.
+    """
+    saved = _read(folder)
+    here = json.loads(json.dumps(configuration))
+    different = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+    if "backend" in different:
+        warnings.warn(
+            f"{folder} was written under {saved.get('backend')}, this is {here['backend']}: the resumed run "
+            "will not equal an uninterrupted one bit for bit",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        different = [name for name in different if name not in _TIED_TO_BACKEND]
+    if different:
+        entries = "; ".join(
+            f"{name}: {_short(saved.get(name, 'absent'))} there, {_short(here.get(name, 'absent'))} here"
+            for name in different
+        )
+        raise ConfigurationError(
+            f"train: {folder} was written by another configuration ({entries}); resume with the options of "
+            "that run, or choose another `out_dir`. Nothing was overwritten"
+        )
+    return hash_configuration(saved)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / FILE
+    if not path.exists():
+        raise ConfigurationError(
+            f"train: there is no run to resume in {folder} (no {FILE}); check `out_dir`, or leave out resume"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"train: {path} is damaged ({error}); begin a new run elsewhere") from error
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:12] + "…"

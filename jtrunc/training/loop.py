@@ -1,0 +1,217 @@
+"""Train: chunks of updates on the device, everything that a long run needs around them on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jtrunc.base import GradientEstimator, Params, PyTree, System
+from jtrunc.checks import check_size
+from jtrunc.training import checkpoint, configuration
+from jtrunc.training.chunk import Program, init_chunk
+from jtrunc.training.metrics import MetricsFile
+from jtrunc.training.progress import Progress
+from jtrunc.training.runner import Options, Output, Runner, TrainingInterrupted, TrainResult
+from jtrunc.training.seeds import SeedAxis, check_seeds, seed_key, static_num_steps
+from jtrunc.training.signals import StopRequest, deferred_interrupt
+from jtrunc.training.step import TrainState
+from jtrunc.training.stream import circular, lead_in_ends, num_rows, window_at
+
+_UPDATES_AT_ONCE = 4096
+
+
+def train(
+    system: System,
+    params: Params | Callable[[jax.Array], Params],
+    hidden: PyTree,
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    data: PyTree,
+    *,
+    window: int,
+    num_updates: int,
+    key: jax.Array | None = None,
+    seeds: int | Sequence[int] | None = None,
+    log_every: int = 1,
+    lead_in: bool = True,
+    eval_data: Mapping[str, PyTree] | None = None,
+    eval_every: int | None = None,
+    eval_hidden: PyTree = None,
+    out_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 3,
+    resume: bool = False,
+    config: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train a recurrent system on one long stream of data.
+
+    Update u gets the `window` steps of `data` from the cursor on, read in a circle; the cursor moves on by
+    the steps that the estimator consumed, and the hidden state is carried along. Updates run on the device in
+    chunks of about a quarter of a second; where a chunk ends changes no bit of the run.
+
+    Args:
+      system: the system that the estimator was made for; it is what the evaluations run.
+      params: the first parameters, or a function ``key -> Params`` such as a model's `init`.
+      hidden: the initial hidden state.
+      estimator: a gradient estimator of `system`.
+      optimizer: any optax optimiser; it gets `timestep` as an extra argument (see
+        `jtrunc.optimizers.scale_by_timestep_schedule`).
+      data: leaves (T, ...), time in front; copied to the device once.
+      window: steps per update: the window of `windowed_bptt` (backward_steps + 1), the look-ahead of
+        `online_artbp`, the steps of one update for all others.
+      num_updates: updates of the whole run; a resumed run goes on up to it.
+      key: a typed key, ``jax.random.key(0)`` by default.
+      seeds: a count or a sequence of integers: many runs in one program, results with a leading axis of
+        seeds. Seed i equals, to float tolerance, the solo run with ``key=seed_key(key, i)``.
+      log_every: updates per line of metrics. Loss: mean per step (nats) over the line's updates;
+        gradient norm and diagnostics: mean over its updates.
+      lead_in: begin with shorter windows where the estimator scores only the end of each (`windowed_bptt`),
+        so that no loss goes unscored; one compilation for each of them.
+      eval_data: splits by name; each is evaluated from `eval_hidden` every `eval_every` updates, and at
+        the end.
+      eval_every: a multiple of `log_every`; None: at the end only.
+      eval_hidden: the hidden state that evaluations begin with; `hidden` by default.
+      out_dir: folder for config.json, metrics.jsonl and checkpoints; nothing is written without it.
+      checkpoint_every: updates between checkpoints, a multiple of `log_every`; by default a tenth of the run.
+      keep: how many checkpoints stay.
+      resume: go on with the run in `out_dir`; the result equals the uninterrupted run bit for bit.
+      config: a JSON object of your own that belongs to the run's configuration.
+      progress: a bar on stderr for runs longer than two seconds: True, False, or None for terminals only.
+
+    Returns:
+      A `TrainResult`.
+
+    Raises:
+      ValueError, TypeError: for arguments that do not fit, by name.
+      NonFiniteError: at the first update that is not finite; the state before it is in the exception's
+        `result` and, with `out_dir`, in a checkpoint.
+      TrainingInterrupted: a KeyboardInterrupt after Ctrl-C or SIGTERM, once the chunk is done and saved.
+      CheckpointError, ConfigurationError, OSError: if the run cannot be saved or resumed.
+
+    Example: a decay rate that learns to keep what it saw (hₜ = θ hₜ₋₁ + xₜ, target 2).
+
+      >>> import jtrunc, optax
+      >>> system = jtrunc.System(
+      ...     lambda theta, hidden, x: theta * hidden + x,
+      ...     lambda params, hidden, x: (0.5 * (hidden - 2.0) ** 2, ()),
+      ... )
+      >>> result = train(system, jtrunc.Params(jnp.float32(0.0)), jnp.float32(0.0),
+      ...     jtrunc.truncated_bptt(system, 10), optax.sgd(0.003), jnp.ones(100), window=10, num_updates=500)
+      >>> round(float(result.params.recurrent), 2)
+      0.5
+    """
+    options = _check_options(
+        num_updates, log_every, eval_data, eval_every, out_dir, checkpoint_every, keep, resume
+    )
+    window = check_size("train", "window", window)
+    if not isinstance(params, Params) and not callable(params):
+        raise TypeError(
+            f"train: `params` must be jtrunc.Params or a function key -> Params, not {type(params)}"
+        )
+    seed_numbers = check_seeds(seeds)
+    key = _check_key(key)
+    stream = circular(data, window)
+    inputs = window_at(stream.rows, jnp.int32(0), window)
+    shapes = jax.eval_shape(params, key) if callable(params) else params
+    num_steps = static_num_steps(estimator, shapes, hidden, inputs)
+    axis = SeedAxis.NONE if seed_numbers is None else SeedAxis.VMAP if num_steps else SeedAxis.MAP
+    program = Program(estimator, optimizer, window, log_every * max(1, _UPDATES_AT_ONCE // log_every), axis)
+    run_key = key if seed_numbers is None else jnp.stack([seed_key(key, seed) for seed in seed_numbers])
+    init_params, first_params = (params, None) if callable(params) else (None, params)
+    state = init_chunk(program, init_params, first_params, hidden, run_key)
+    runner = Runner(
+        program=program,
+        stream=stream,
+        lead_in=lead_in_ends(window, num_steps) if lead_in and num_steps else [],
+        system=system,
+        eval_data={name: jax.tree.map(jnp.asarray, split) for name, split in (eval_data or {}).items()},
+        eval_hidden=hidden if eval_hidden is None else eval_hidden,
+        options=options,
+        seeds=seed_numbers,
+        state=state,
+    )
+    if out_dir is not None:
+        given = {"seeds": seed_numbers, "key": jax.random.key_data(key).tolist(), "log_every": log_every,
+                 "lead_in": bool(lead_in), "given": dict(config or {})}  # fmt: skip
+        described = configuration.configuration(program, state, inputs, data, given)
+        _open(runner, Path(out_dir), state, described, resume)
+    with deferred_interrupt() as stop:
+        return _drive(runner, stop, progress)
+
+
+def _drive(runner: Runner, stop: StopRequest, show: bool | None) -> TrainResult:
+    bar = Progress(runner.options.num_updates, runner.update, show)
+    try:
+        while not runner.finished:
+            runner.advance()
+            bar.advance_to(runner.update, runner.last_loss)
+            if stop.requested and not runner.finished:
+                runner.save()
+                raise TrainingInterrupted(runner.interrupted_message(), runner.result())
+    finally:
+        bar.close()
+    return runner.result()
+
+
+def _open(
+    runner: Runner, folder: Path, template: TrainState, described: dict[str, Any], resume: bool
+) -> None:
+    """Claim the folder for a new run, or put the runner where the newest intact checkpoint was."""
+    metrics, steps = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoints"
+    if not resume:
+        configuration.begin(folder, described)
+        runner.output = Output(metrics, steps, configuration.hash_configuration(described))
+        return
+    config_hash = configuration.check_same(folder, described)
+    runner.output = Output(metrics, steps, config_hash)
+    if not checkpoint.list_steps(steps):  # killed before the first checkpoint
+        metrics.truncate_to(0)
+        return
+    runner.go_on(checkpoint.restore(steps, template, config_hash=config_hash))
+
+
+def _check_options(
+    num_updates: int,
+    log_every: int,
+    eval_data: Any,
+    eval_every: int | None,
+    out_dir: Any,
+    checkpoint_every: int | None,
+    keep: int,
+    resume: bool,
+) -> Options:
+    for name, value in (("num_updates", num_updates), ("log_every", log_every), ("keep", keep)):
+        check_size("train", name, value)
+    if num_updates > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"train: `num_updates` must be below 2³¹, not {num_updates}; use longer windows")
+    for name, value in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if value is not None and check_size("train", name, value) % log_every:
+            raise ValueError(f"train: `{name}` must be a multiple of `log_every` ({log_every}), not {value}")
+    if eval_data is not None and not isinstance(eval_data, Mapping):
+        raise TypeError(
+            f"train: `eval_data` must map names of splits to data, such as {{'valid': data}}, "
+            f"not {type(eval_data).__name__}"
+        )
+    if eval_every is not None and not eval_data:
+        raise ValueError(f"train: `eval_every` is {eval_every}, but there is no `eval_data` to evaluate")
+    if out_dir is None and (resume or checkpoint_every is not None):
+        name = "resume" if resume else "checkpoint_every"
+        raise ValueError(f"train: `{name}` needs `out_dir`, the folder of the run")
+    for name, split in (eval_data or {}).items():
+        num_rows(split, f"eval_data[{name!r}]")
+    tenth = -(-num_updates // (10 * log_every)) * log_every
+    return Options(num_updates, log_every, eval_every, checkpoint_every or tenth, keep)
+
+
+def _check_key(key: Any) -> jax.Array:
+    if key is None:
+        return jax.random.key(0)
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
+        raise ValueError(f"train: `key` must be one typed key, such as jax.random.key(0), not {key!r}")
+    return key

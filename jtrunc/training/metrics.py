@@ -1,0 +1,127 @@
+"""Metrics as JSON lines: one object a line, appended, safe against a kill at any moment."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Line = dict[str, Any]
+"""One line of metrics; a train line has ``update``, an evaluation also ``split``."""
+
+
+class MetricsFile:
+    """Appends lines to a file; what was appended is on the disk when `append` returns.
+
+    Args:
+      path: the file; it is created with the first line.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write lines behind those that are there.
+
+        Raises:
+          OSError: naming the file and what to do, if they cannot be written (a full disk, a lost mount).
+        """
+        text = "".join(json.dumps(line, allow_nan=False, default=_plain) + "\n" for line in lines)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                _sync(file.fileno())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"could not append to the metrics file ({error.strerror}); checkpoints written so far are "
+                "intact: make room or restore access, then resume",
+                str(self.path),
+            ) from error
+
+    def truncate_to(self, update: int) -> list[Line]:
+        """Drop every line of a later update than `update`, and a torn last one; return those that stay.
+
+        The shorter file replaces the old one atomically, and only if something was dropped.
+        """
+        kept = [line for line in read_metrics(self.path) if line["update"] <= update]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                _sync(file.fileno())
+            os.replace(temporary, self.path)
+        return kept
+
+
+def read_metrics(path: str | Path) -> list[Line]:
+    """The lines of a metrics file, oldest first; [] if there is no file.
+
+    A last line that was cut off by a kill is left out.
+
+    Raises:
+      ValueError: naming file and line number, if any other line is not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = path.read_text(encoding="utf-8").split("\n")
+    lines = []
+    for number, row in enumerate(rows[:-1], start=1):
+        try:
+            lines.append(json.loads(row))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); mend or remove that line"
+            ) from error
+    return lines
+
+
+def columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Lines as one array per name, (lines,) or (lines, seeds).
+
+    Example:
+
+      >>> columns([{"update": 1, "loss": [0.5, 0.25]}, {"update": 2, "loss": [0.5, 0.125]}])["loss"].shape
+      (2, 2)
+    """
+    rows = list(lines)
+    return {name: np.asarray([row[name] for row in rows]) for name in (rows[0] if rows else {})}
+
+
+def train_columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The columns of the lines that report training."""
+    return columns(line for line in lines if "split" not in line)
+
+
+def split_columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """The columns of the evaluations, by name of the split."""
+    rows = [line for line in lines if "split" in line]
+    names = dict.fromkeys(line["split"] for line in rows)
+    return {name: columns(_without_split(line) for line in rows if line["split"] == name) for name in names}
+
+
+def _without_split(line: Mapping[str, Any]) -> Line:
+    return {name: value for name, value in line.items() if name != "split"}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy numbers and arrays as Python ones."""
+    return np.asarray(value).tolist()
+
+
+def _sync(descriptor: int) -> None:
+    """fsync, where the file supports it (a pipe or a terminal does not)."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise

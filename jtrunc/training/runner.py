@@ -1,0 +1,280 @@
+"""The host's side of a run: which update comes next, what is written down, when it must stop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtrunc.base import Params, PyTree, System
+from jtrunc.training import checkpoint
+from jtrunc.training.chunk import Program, lead_in_update, run_chunk
+from jtrunc.training.configuration import estimator_name
+from jtrunc.training.evaluate import evaluate
+from jtrunc.training.metrics import Line, MetricsFile, split_columns, train_columns
+from jtrunc.training.seeds import SeedAxis
+from jtrunc.training.step import StepMetrics, TrainState, describe_non_finite
+from jtrunc.training.stream import Stream
+
+_SECONDS_PER_CHUNK = 0.25
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back.
+
+    Attributes:
+      params: the last parameters; with seeds, every leaf has a leading axis of seeds.
+      state: the last `TrainState`; with seeds likewise.
+      history: one array per name, (lines,) or (lines, seeds): ``update``, ``timestep``, ``num_steps``,
+        ``loss`` (nats per step), ``grad_norm`` and the estimator's diagnostics.
+      evaluations: by name of the split: ``update``, ``nats`` and ``bits`` per step.
+      seeds: the seeds in the order of the axis, or None for a solo run.
+    """
+
+    params: Params
+    state: TrainState
+    history: dict[str, np.ndarray]
+    evaluations: dict[str, dict[str, np.ndarray]]
+    seeds: tuple[int, ...] | None = None
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, gradient, parameter or hidden state became NaN or infinite; `result` is the run before it."""
+
+    def __init__(self, message: str, result: TrainResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The run was asked to stop and did so between two updates; `result` is the run so far."""
+
+    def __init__(self, message: str, result: TrainResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class Options(NamedTuple):
+    """Counts of updates."""
+
+    num_updates: int
+    log_every: int
+    eval_every: int | None
+    checkpoint_every: int
+    keep: int
+
+
+class Output(NamedTuple):
+    """Where a run is written down."""
+
+    metrics: MetricsFile
+    checkpoints: Path
+    config_hash: str
+
+
+@dataclass
+class Runner:
+    """A run in progress; `advance` is one chunk."""
+
+    program: Program
+    stream: Stream
+    lead_in: list[int]
+    system: System
+    eval_data: dict[str, PyTree]
+    eval_hidden: PyTree
+    options: Options
+    seeds: tuple[int, ...] | None
+    state: TrainState
+    output: Output | None = None
+    update: int = 0
+    timesteps: np.ndarray = field(default_factory=lambda: np.int64(0))  # type: ignore[assignment]
+    blocks: list[dict[str, np.ndarray]] = field(default_factory=list)
+    evaluation_lines: list[Line] = field(default_factory=list)
+    last_loss: float = float("nan")
+    saved_at: int | None = None
+    chunk_size: int = 1
+
+    @property
+    def finished(self) -> bool:
+        return self.update >= self.options.num_updates
+
+    def advance(self) -> None:
+        """Run one chunk, write its lines, and evaluate and save where that is due."""
+        size = self._next_size()
+        start = time.monotonic()
+        state, rows = self._compute(size)
+        self._adapt_chunk_size(size, time.monotonic() - start)
+        bad = rows.non_finite.reshape(size, -1).any(axis=1)
+        if bad.any():
+            self._stop_before_damage(int(bad.argmax()), rows)
+        self._accept(state, rows)
+        options, due = self.options, self.finished
+        if self.eval_data and (due or (options.eval_every and self.update % options.eval_every == 0)):
+            self._evaluate()
+        if due or self.update % options.checkpoint_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this update, unless there is one."""
+        if self.output is None or self.saved_at == self.update:
+            return
+        checkpoint.save(
+            self.output.checkpoints,
+            self.update,
+            self.state,
+            config_hash=self.output.config_hash,
+            extra={"timesteps": np.asarray(self.timesteps).tolist()},
+            keep=self.options.keep,
+        )
+        self.saved_at = self.update
+
+    def go_on(self, restored: checkpoint.Restored) -> None:
+        """Take over a restored state, and the lines of metrics up to it."""
+        assert self.output is not None
+        if restored.update > self.options.num_updates:
+            raise ValueError(
+                f"train: the run has made {restored.update} updates already, more than `num_updates` = "
+                f"{self.options.num_updates}; pass a larger number to go on"
+            )
+        lines = self.output.metrics.truncate_to(restored.update)
+        history = train_columns(lines)
+        if len(lines) == 0 or history["update"][-1] != restored.update:
+            raise checkpoint.CheckpointError(
+                f"{self.output.metrics.path} lacks lines up to update {restored.update}, where the "
+                "checkpoint was written; put the file back, or begin a new run"
+            )
+        self.state, self.update, self.saved_at = restored.state, restored.update, restored.update
+        self.timesteps = np.asarray(restored.extra["timesteps"], np.int64)
+        self.blocks = [history]
+        self.evaluation_lines = [line for line in lines if "split" in line]
+
+    def result(self) -> TrainResult:
+        history = {
+            name: np.concatenate([block[name] for block in self.blocks])
+            for name in (self.blocks[0] if self.blocks else {})
+        }
+        evaluations = split_columns(self.evaluation_lines)
+        return TrainResult(self.state.params, self.state, history, evaluations, self.seeds)
+
+    def interrupted_message(self) -> str:
+        if self.output is None:
+            return f"stopped after update {self.update}; nothing was saved, for there is no `out_dir`"
+        return (
+            f"stopped after update {self.update} of {self.options.num_updates}; the run is saved in "
+            f"{self.output.checkpoints.parent}: call again with resume=True to go on"
+        )
+
+    def _next_size(self) -> int:
+        """Updates of the next chunk: whole lines, and no step over an evaluation or a checkpoint."""
+        options = self.options
+        size = min(max(self.chunk_size, 1), self.program.capacity)
+        end = -(-(self.update + size) // options.log_every) * options.log_every
+        for every in (options.eval_every, options.checkpoint_every):
+            if every:
+                end = min(end, (self.update // every + 1) * every)
+        return min(end, options.num_updates, self.update + self.program.capacity) - self.update
+
+    def _adapt_chunk_size(self, size: int, seconds: float) -> None:
+        if seconds < _SECONDS_PER_CHUNK / 2:
+            self.chunk_size = min(4 * max(size, self.chunk_size), self.program.capacity)
+        elif seconds > 2 * _SECONDS_PER_CHUNK:
+            self.chunk_size = max(1, size // 2)
+
+    def _compute(self, size: int) -> tuple[TrainState, StepMetrics]:
+        """`size` updates from the current state; metrics as NumPy arrays, (size,) or (size, seeds)."""
+        state, parts, done = self.state, [], 0
+        for end in self.lead_in[self.update : self.update + size]:
+            state, row = lead_in_update(self.program, end, state, self.stream)
+            parts.append(self._time_major(row, 1))
+            done += 1
+        if done < size:
+            state, rows = run_chunk(self.program, state, self.stream, jnp.int32(size - done))
+            parts.append(self._time_major(rows, size - done))
+        return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def _time_major(self, rows: StepMetrics, size: int) -> StepMetrics:
+        solo = self.program.seed_axis is SeedAxis.NONE
+        rows = jax.device_get(rows)
+        return jax.tree.map(lambda leaf: leaf[:size] if solo else leaf[:, :size].swapaxes(0, 1), rows)
+
+    def _accept(self, state: TrainState, rows: StepMetrics) -> None:
+        block = self._lines(rows)
+        self.state = state
+        self.update += len(rows.loss)
+        self.timesteps = block["timestep"][-1]
+        self.last_loss = float(np.mean(block["loss"][-1]))
+        self.blocks.append(block)
+        if self.output is not None:
+            plain = {name: column.tolist() for name, column in block.items()}
+            self.output.metrics.append(
+                dict(zip(plain, values, strict=True)) for values in zip(*plain.values(), strict=True)
+            )
+
+    def _lines(self, rows: StepMetrics) -> dict[str, np.ndarray]:
+        """The chunk's metrics, one entry per line of `log_every` updates."""
+        updates = np.arange(self.update + 1, self.update + 1 + len(rows.loss))
+        starts = np.flatnonzero((updates == updates[0]) | ((updates - 1) % self.options.log_every == 0))
+        ends = np.append(starts[1:], len(updates)) - 1
+        counts = np.diff(np.append(starts, len(updates)))
+
+        def total(values: Any, dtype: Any) -> np.ndarray:
+            return np.add.reduceat(values.astype(dtype), starts, axis=0)
+
+        def mean(values: Any) -> np.ndarray:
+            return total(values, np.float64) / counts.reshape(-1, *(1,) * (values.ndim - 1))
+
+        num_steps = total(rows.num_steps, np.int64)
+        return {
+            "update": updates[ends],
+            "timestep": self.timesteps + np.cumsum(num_steps, axis=0),
+            "num_steps": num_steps,
+            "loss": total(rows.loss, np.float64) / num_steps,
+            "grad_norm": mean(rows.grad_norm),
+            **{name: mean(values) for name, values in rows.diagnostics.items()},
+        }
+
+    def _evaluate(self) -> None:
+        lines = []
+        for name, split in self.eval_data.items():
+            found = evaluate(
+                self.system, self.state.params, self.eval_hidden, split, seed_axis=self.seeds is not None
+            )
+            lines.append(
+                {
+                    "update": self.update,
+                    "split": name,
+                    "nats": found.nats.tolist(),
+                    "bits": found.bits.tolist(),
+                }
+            )
+        self.evaluation_lines += lines
+        if self.output is not None:
+            self.output.metrics.append(lines)
+
+    def _stop_before_damage(self, good: int, rows: StepMetrics) -> None:
+        """Redo the `good` updates before the damage (the chunk's first state is still there), save, raise."""
+        bits = np.atleast_1d(rows.non_finite[good])
+        position = int(np.flatnonzero(bits)[0])
+        timesteps = np.atleast_1d(self.timesteps + rows.num_steps[: good + 1].astype(np.int64).sum(axis=0))
+        seed = (
+            ""
+            if self.seeds is None
+            else f", seed {', '.join(str(self.seeds[i]) for i in np.flatnonzero(bits))}"
+        )
+        if good:
+            self._accept(*self._compute(good))
+        self.save()
+        kept = "" if self.output is None else f" and in {self.output.checkpoints}"
+        raise NonFiniteError(
+            f"{describe_non_finite(int(bits[position]))} not finite at update {self.update + 1}, timestep "
+            f"{timesteps[position]}{seed}, estimator {estimator_name(self.program.estimator)}; the state "
+            f"after update {self.update} is in this error's `result`{kept}. Lower the learning rate or clip "
+            "the gradients",
+            self.result(),
+        )

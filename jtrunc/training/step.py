@@ -1,0 +1,164 @@
+"""One train step: the estimator's gradient into the optimiser, and the numbers that a run reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jtrunc.base import GradientEstimator, Params, PyTree
+from jtrunc.trees import is_inexact
+
+MAX_TIMESTEP = np.iinfo(np.int32).max
+"""`TrainState.timestep` stops here and never wraps to a negative number."""
+
+NON_FINITE = ("loss", "gradient", "parameters", "hidden state")
+"""What `StepMetrics.non_finite` reports, bit by bit, lowest first."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a run needs in order to go on.
+
+    Attributes:
+      params: `Params`.
+      opt_state: state of the optimiser.
+      estimator_state: state of the estimator, with `hidden`, key and phase.
+      cursor: int32, where the next window begins in the data's time axis, modulo its length.
+      update: int32, how many updates were made.
+      timestep: int32, how many steps were consumed; it stops at 2³¹ − 1 (a schedule such as 1/√t is flat
+        by then), the metrics of a run count on in 64 bits.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    estimator_state: Any
+    cursor: jax.Array
+    update: jax.Array
+    timestep: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """The numbers of one update.
+
+    Attributes:
+      loss: sum over the scored steps (nats).
+      num_steps: int32, steps consumed.
+      grad_norm: Euclidean norm of the gradient estimate over all parameters.
+      non_finite: int32 bits, 0 if all is well; bit i is set where `NON_FINITE[i]` is not finite.
+      diagnostics: the estimator's named scalars.
+    """
+
+    loss: jax.Array
+    num_steps: jax.Array
+    grad_norm: jax.Array
+    non_finite: jax.Array
+    diagnostics: dict[str, jax.Array]
+
+
+def init_state(
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    params: Params | Callable[[jax.Array], Params],
+    hidden: PyTree,
+    key: jax.Array,
+) -> TrainState:
+    """The state before the first update.
+
+    Args:
+      estimator: the gradient estimator.
+      optimizer: any optax optimiser.
+      params: `Params`, or a function ``key -> Params`` such as a model's `init`.
+      hidden: the initial hidden state.
+      key: a typed key; one half goes to `params` (if it is a function), one to the estimator.
+
+    Returns:
+      A `TrainState` without weak types, so that a restored state runs the very same program.
+    """
+    params_key, estimator_key = jax.random.split(key)
+    chosen = params(params_key) if callable(params) else params
+    zero = jnp.int32(0)
+    state = TrainState(
+        chosen, optimizer.init(chosen), estimator.init(chosen, hidden, estimator_key), zero, zero, zero
+    )
+    return jax.tree.map(_strong, state)
+
+
+def train_step(
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    inputs: PyTree,
+) -> tuple[TrainState, StepMetrics]:
+    """One update: ``estimate = estimator.update(...)``, then the optimiser on ``estimate.grads``.
+
+    The optimiser gets ``timestep``, the last timestep of this window, as an extra argument (errata 5);
+    optimisers that do not know it ignore it. Pure: jit it with ``static_argnums=(0, 1)``.
+
+    Args:
+      estimator: the gradient estimator.
+      optimizer: any optax optimiser.
+      state: from `init_state` or an earlier step.
+      inputs: one window, leading axis = time.
+
+    Returns:
+      The new state and the `StepMetrics`. `cursor` moves on by ``num_steps``; whoever slices the data takes
+      it modulo its length.
+    """
+    estimate, estimator_state = estimator.update(state.params, state.estimator_state, inputs)
+    num_steps = estimate.num_steps
+    timestep = state.timestep + jnp.minimum(num_steps, MAX_TIMESTEP - state.timestep)
+    with_extra = optax.with_extra_args_support(optimizer)
+    updates, opt_state = with_extra.update(estimate.grads, state.opt_state, state.params, timestep=timestep)
+    params: Any = optax.apply_updates(state.params, updates)
+    new_state = TrainState(
+        params, opt_state, estimator_state, state.cursor + num_steps, state.update + 1, timestep
+    )
+    metrics = StepMetrics(
+        jnp.asarray(estimate.loss),
+        jnp.asarray(num_steps, jnp.int32),
+        global_norm(estimate.grads),
+        _non_finite(estimate.loss, estimate.grads, params, estimator_state.hidden),
+        {name: jnp.asarray(value) for name, value in estimate.aux.diagnostics.items()},
+    )
+    return new_state, metrics
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """√ Σ |x|² over all float leaves, in float32 or wider."""
+    total = jnp.float32(0)
+    for leaf in _inexact_leaves(tree):
+        total = total + jnp.sum(
+            jnp.square(jnp.abs(leaf).astype(jnp.promote_types(leaf.real.dtype, "float32")))
+        )
+    return jnp.sqrt(total)
+
+
+def describe_non_finite(bits: int) -> str:
+    """The names of the bits that are set: ``3 -> "loss, gradient"``."""
+    return ", ".join(name for i, name in enumerate(NON_FINITE) if bits >> i & 1)
+
+
+def _non_finite(*trees: PyTree) -> jax.Array:
+    # isfinite().all() and no max: XLA's max reduction on CPU drops NaN.
+    bits = jnp.int32(0)
+    for i, tree in enumerate(trees):
+        finite = [jnp.isfinite(leaf).all() for leaf in _inexact_leaves(tree)]
+        if finite:
+            bits = bits + jnp.where(jnp.stack(finite).all(), jnp.int32(0), jnp.int32(1 << i))
+    return bits
+
+
+def _inexact_leaves(tree: PyTree) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """The leaf as an array of its dtype, without a weak type."""
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    return jax.lax.convert_element_type(array, array.dtype)
