@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -30,19 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return _fail(f"unknown command {given[0]!r}: {hint}Known: {', '.join(COMMANDS)}.", 2)
+    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+        return _fail(f"{', '.join(missing)} not installed; run: pip install 'jtrunc[experiments]'", 1)
+    command = None
     try:
         command = _parse(given)
         paths = command.run()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
-            raise
-        return _fail(f"{error.name} is not installed; run: pip install 'jtrunc[experiments]'", 1)
     except (ValueError, OSError) as error:
         return _fail(str(error), 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _interrupted(given)
+        return _interrupted(given, command)
     for path in paths:
         print(path)
     return 0
@@ -73,11 +73,13 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _interrupted(arguments: list[str]) -> int:
+def _interrupted(arguments: list[str], command: Any) -> int:
+    """Says how to go on with an interrupted run, if it can be resumed and has begun to save."""
     print("\njtrunc: interrupted.", file=sys.stderr)
-    if arguments[:1] and arguments[0] in ("train", "compare"):
-        again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-        print(f"Continue with:\n  jtrunc {shlex.join(again)}", file=sys.stderr)
+    job = getattr(command, "experiment", command)
+    if hasattr(job, "resume") and any(job.output.glob("**/config.json")):
+        again = [*arguments, *([] if job.resume else ["--resume"])]
+        print(f"Go on with:\n  jtrunc {shlex.join(again)}", file=sys.stderr)
     return 130
 
 

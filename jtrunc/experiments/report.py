@@ -22,7 +22,10 @@ def fresh_folder(path: Path) -> Path:
       ValueError: it is a file, or a folder that holds something.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"output {str(path)!r} is not empty: name another with --output, or delete it")
+        raise ValueError(
+            f"output {str(path)!r} exists and is not empty: name another folder with --output, delete this one,"
+            " or go on with the run in it with --resume (train, compare, ptb-characters)"
+        )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
