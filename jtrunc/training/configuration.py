@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jtrunc.training.chunk import Program
 from jtrunc.training.step import TrainState, train_step
 
 FILE = "config.json"
+_STEP = jax.jit(train_step, static_argnums=(0, 1))
 _TIED_TO_BACKEND = ("backend", "program", "first state")
 
 
@@ -48,12 +48,11 @@ def configuration(
       `given`, the estimator's name and window, SHA-256 of the data, of the first state and of the lowered
       train step: a length or a learning rate that sits in a closure changes the program.
     """
-    step = partial(train_step, program.estimator, program.optimizer)
     if program.seed_axis.value != "none":
         one = jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else leaf[0], state)
     else:
         one = state
-    text = jax.jit(step).lower(one, inputs).as_text()
+    text = _STEP.lower(program.estimator, program.optimizer, one, inputs).as_text()
     return {
         **given,
         "estimator": estimator_name(program.estimator),

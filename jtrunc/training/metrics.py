@@ -26,12 +26,12 @@ class MetricsFile:
         self.path = Path(path)
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines behind those that are there.
+        """Write lines behind those that are there; NaN and infinities as Python's json does.
 
         Raises:
           OSError: naming the file and what to do, if they cannot be written (a full disk, a lost mount).
         """
-        text = "".join(json.dumps(line, allow_nan=False, default=_plain) + "\n" for line in lines)
+        text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
