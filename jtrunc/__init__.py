@@ -2,7 +2,10 @@
 
 from jtrunc import cells as cells
 from jtrunc.backward import truncation as truncation
+from jtrunc.backward.artbp import artbp as artbp
 from jtrunc.backward.bptt import bptt as bptt
+from jtrunc.backward.online_artbp import online_artbp as online_artbp
+from jtrunc.backward.scan import scan as scan
 from jtrunc.backward.truncated import truncated_bptt as truncated_bptt
 from jtrunc.backward.unroll import unroll as unroll
 from jtrunc.backward.windowed import windowed_bptt as windowed_bptt

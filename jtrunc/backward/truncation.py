@@ -170,7 +170,7 @@ def from_probability(fn: Callable[..., Any]) -> Truncation:
 
 def edge_weight(cut: jax.Array, c: jax.Array) -> jax.Array:
     """w = 0 where the boundary is cut, else 1/(1 − c)  (ARTBP paper, eq. 11)."""
-    return jnp.where(cut, 0.0, 1.0 / (1.0 - c))
+    return jnp.where(cut, 0.0, 1.0 / (1.0 - jnp.asarray(c, dtype=float)))
 
 
 def _random(probability: Callable[[Boundary], jax.Array], reads_hidden: bool = False) -> Truncation:
@@ -190,3 +190,45 @@ def _is_number(owner: str, name: str, value: Any) -> bool:
     if isinstance(value, bool) or not jnp.isscalar(value) and getattr(value, "shape", None) != ():
         raise TypeError(f"{owner}: `{name}` must be a real number, not {value!r}")
     return _concrete(value)
+
+
+def probabilities(law: Truncation, num_steps: int) -> jax.Array:
+    """c at the first `num_steps` boundaries of a window that begins just after a cut, (num_steps,).
+
+    Raises:
+      ValueError: the law reads the hidden state, so that c is not known in advance.
+    """
+    if law.reads_hidden:
+        raise ValueError("truncation.probabilities: the law reads the hidden state; c is known only on the way")
+    index = jnp.arange(num_steps)
+    return jax.vmap(lambda i: jnp.asarray(law.probability(Boundary(i, i + 1)), dtype=float))(index)
+
+
+def survival(law: Truncation, num_steps: int) -> jax.Array:
+    """G(i), the probability that a window is not cut at its first i boundaries, i = 1 … num_steps.
+
+    G(i) = Π_{k ≤ i} (1 − cₖ). Use it to choose a look-ahead: G(N) is how often a window reaches it.
+
+    Raises:
+      ValueError: the law reads the hidden state.
+
+    Example: how often a window of L₀ = 16, α = 6 outlasts 1,000 steps.
+
+      >>> float(survival(polynomial(16, 6), 1000)[-1]) < 1e-6
+      True
+    """
+    return jnp.exp(jnp.cumsum(jnp.log1p(-probabilities(law, num_steps))))
+
+
+def check_law(owner: str, law: Any, num_steps: int | None = None) -> Truncation:
+    """A `Truncation`, given for exactly `num_steps` boundaries where it is given, or a clear error."""
+    if not isinstance(law, Truncation):
+        raise TypeError(
+            f"{owner}: `truncation` must be a law, e.g. jtrunc.truncation.polynomial(16, 6), not {law!r}"
+        )
+    if num_steps is not None and law.length is not None and law.length != num_steps:
+        raise ValueError(
+            f"{owner}: `truncation.given` holds {law.length} boundaries, but `inputs` has {num_steps} steps; "
+            "give one cut and one probability a step"
+        )
+    return law

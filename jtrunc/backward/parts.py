@@ -1,0 +1,155 @@
+"""How a system takes part in a window of dynamic length: any system, and structured ones faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.backward.two_phase import (
+    backward_step,
+    forward_step,
+    fuse,
+    layout_of,
+    project_inputs,
+    two_phase_pays,
+    weight_cotangents,
+)
+from jtrunc.backward.window import CHUNK, Chunk, Parts
+from jtrunc.base import Params, PyTree, System
+from jtrunc.structure import Structure
+from jtrunc.trees import (
+    accumulator,
+    add_into,
+    cast_like,
+    partition_inexact,
+    select,
+    weighted_cotangent,
+    wide_dtype,
+)
+
+
+def window_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
+    """The parts of a system, in two phases where its structure allows it and it pays."""
+    structure = system.structure
+    if isinstance(structure, Structure) and two_phase_pays(structure, params.recurrent, hidden, inputs):
+        return structured_parts(system, params, hidden, inputs)
+    return generic_parts(system, params, hidden, inputs)
+
+
+def _loss_shapes(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> tuple[Any, PyTree]:
+    def first_loss(hidden: PyTree, inputs: PyTree) -> tuple[jax.Array, PyTree]:
+        return system.loss(params, hidden, jax.tree.map(lambda leaf: leaf[0], inputs))
+
+    value, aux = jax.eval_shape(first_loss, hidden, inputs)
+    return wide_dtype(value), aux
+
+
+def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
+    """Any system: each step is recomputed from hₜ₋₁ and pulled back, its gradient added up step by step."""
+    loss_dtype, aux_shapes = _loss_shapes(system, params, hidden, inputs)
+
+    def advance(hidden: PyTree, inputs_t: PyTree, projected: PyTree) -> tuple[PyTree, PyTree]:
+        return system.transition(params.recurrent, hidden, inputs_t), ()
+
+    def backward_chunk(bars: PyTree, cotangent: PyTree, chunk: Chunk) -> Any:
+        def step(carry: Any) -> Any:
+            index, bars, cotangent, loss, aux = carry
+            before, inputs_t = jax.tree.map(lambda rows: rows[index], (chunk.before, chunk.inputs))
+            leaves, restore = partition_inexact(before)
+
+            def run(params: Params, leaves: list[jax.Array]) -> Any:
+                hidden = system.transition(params.recurrent, restore(leaves), inputs_t)
+                value, aux_t = system.loss(params, hidden, inputs_t)
+                return (value, partition_inexact(hidden)[0]), aux_t
+
+            (value, _), pull, aux_t = jax.vjp(run, params, leaves, has_aux=True)
+            params_bar, leaves_bar = pull((jnp.ones_like(value), cotangent))
+            cotangent = weighted_cotangent(chunk.edges[index], leaves_bar)
+            aux = jax.tree.map(lambda rows, row: rows.at[index].set(row), aux, aux_t)
+            return index - 1, add_into(bars, params_bar), cotangent, loss + value.astype(loss_dtype), aux
+
+        aux = jax.tree.map(lambda leaf: jnp.zeros((CHUNK, *leaf.shape), leaf.dtype), aux_shapes)
+        carry = (chunk.num_active - 1, bars, cotangent, jnp.zeros((), loss_dtype), aux)
+        return jax.lax.while_loop(lambda carry: carry[0] >= 0, step, carry)[1:]
+
+    return Parts(
+        project=lambda rows: (),
+        advance=advance,
+        zero_bars=lambda: accumulator(params),
+        backward_chunk=backward_chunk,
+        finish=lambda bars: cast_like(bars, params),
+        loss_dtype=loss_dtype,
+        aux=aux_shapes,
+    )
+
+
+def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
+    """A structured system: a loop for δₜ alone, and one product per weight, loss and projection a chunk."""
+    structure = system.structure
+    loss_dtype, aux_shapes = _loss_shapes(system, params, hidden, inputs)
+    first_inputs = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
+    layout = layout_of(structure, params.recurrent, hidden, first_inputs)
+    weights, pull_fuse = jax.vjp(lambda theta: fuse(structure, layout, theta), params.recurrent)
+
+    def advance(hidden: PyTree, inputs_t: PyTree, projected_t: PyTree) -> tuple[PyTree, PyTree]:
+        return forward_step(structure, layout, weights, hidden, inputs_t, projected_t)
+
+    def score(params: Params, after: PyTree, chunk: Chunk) -> tuple[jax.Array, PyTree]:
+        active = jnp.arange(CHUNK) < chunk.num_active
+        values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, chunk.inputs)
+        aux = jax.vmap(lambda on, row: select(on, row, jax.tree.map(jnp.zeros_like, row)))(active, aux)
+        return jnp.sum(jnp.where(active, values, 0), dtype=loss_dtype), aux
+
+    def pull_deltas(chunk: Chunk, after_bar: PyTree, cotangent: PyTree, elementwise_bar: PyTree) -> Any:
+        treedef = jax.tree.structure(hidden)
+        projected = parts.project(chunk.inputs)
+        rows = (chunk.before, chunk.inputs, projected, chunk.saved, after_bar)
+        num_outputs = sum(width for _, width in layout.widths)
+
+        def step(carry: Any) -> Any:
+            index, cotangent, elementwise_bar, deltas = carry
+            before, inputs_t, projected_t, saved, loss_bar = jax.tree.map(lambda leaf: leaf[index], rows)
+            total = jax.tree.map(jnp.add, jax.tree.unflatten(treedef, cotangent), loss_bar)
+            bars = backward_step(structure, layout, weights, before, inputs_t, projected_t, saved, total)
+            cotangent = weighted_cotangent(chunk.edges[index], jax.tree.leaves(bars.hidden))
+            elementwise_bar = add_into(elementwise_bar, bars.elementwise)
+            return index - 1, cotangent, elementwise_bar, deltas.at[index].set(bars.delta)
+
+        deltas = jnp.zeros((*chunk.saved.shape[:-1], num_outputs), chunk.saved.dtype)
+        carry = (chunk.num_active - 1, cotangent, elementwise_bar, deltas)
+        return jax.lax.while_loop(lambda carry: carry[0] >= 0, step, carry)[1:]
+
+    def backward_chunk(bars: Any, cotangent: PyTree, chunk: Chunk) -> Any:
+        params_bar, weights_bar = bars
+        active = jnp.arange(CHUNK) < chunk.num_active
+        # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
+        last = jax.tree.map(lambda leaf: leaf[chunk.num_active - 1], chunk.after)
+        after = jax.tree.map(lambda rows, row: jax.vmap(lambda on, r: jnp.where(on, r, row))(active, rows), chunk.after, last)
+        (loss, aux), (params_step, after_bar) = jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(
+            params, after, chunk
+        )
+        cotangent, elementwise_bar, deltas = pull_deltas(
+            chunk, after_bar, cotangent, weights_bar.elementwise
+        )
+        step_weights, _ = weight_cotangents(structure, layout, weights, chunk.before, chunk.inputs, deltas)
+        weights_bar = add_into(weights_bar, step_weights)._replace(elementwise=elementwise_bar)
+        return (add_into(params_bar, params_step), weights_bar), cotangent, loss, aux
+
+    def finish(bars: Any) -> Params:
+        params_bar, weights_bar = bars
+        (theta_bar,) = pull_fuse(cast_like(weights_bar, weights))
+        recurrent = add_into(params_bar.recurrent, theta_bar)
+        return cast_like(params_bar._replace(recurrent=recurrent), params)
+
+    parts = Parts(
+        project=lambda rows: project_inputs(structure, layout, weights, rows),
+        advance=advance,
+        zero_bars=lambda: (accumulator(params), accumulator(weights)),
+        backward_chunk=backward_chunk,
+        finish=finish,
+        loss_dtype=loss_dtype,
+        aux=aux_shapes,
+    )
+    return parts
