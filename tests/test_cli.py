@@ -40,8 +40,9 @@ TABLE = {"example-part": example}
 def test_choose_reads_options_and_defaults():
     choice = choose("example_part:length=7,exact=true", TABLE, "part")
     assert choice.options == {"length": 7, "rate": 0.5, "exact": True}
-    assert choice.label == "example-part:length=7,rate=0.5,exact=True"
-    assert choose(choice.label, TABLE, "part") == choice
+    assert choice.label == "example-part:length=7,exact=True"
+    assert choice.full_label == "example-part:length=7,rate=0.5,exact=True"
+    assert choose(choice.full_label, TABLE, "part").options == choice.options
     assert "One line." in describe(TABLE)
 
 
@@ -162,7 +163,7 @@ def test_train_writes_what_it_promises(capsys, tmp_path):
     command += ["--estimator", "truncated-bptt:length=5", "--seeds", "2", "--learning-rate", "0.02"]
     assert main([*command, "--output", str(folder)]) == 0
     shown = capsys.readouterr().out
-    for name in ("curves.png", "summary.json", "sample.txt"):
+    for name in ("curves.png", "summary.json", "samples.txt"):
         assert str(folder / name) in shown
         assert (folder / name).stat().st_size > 0
     (run,) = json.loads((folder / "summary.json").read_text())["runs"]

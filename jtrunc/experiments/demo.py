@@ -26,8 +26,8 @@ class Demo:
             task="characters:max-characters=1000000",
             cell="lstm:width=128,forget-bias=1",
             learning_rate=4e-3,
-            steps=20_000,
-            evaluate_every=5_000,
+            steps=30_000,
+            evaluate_every=6_000,
         )
         estimators = ("truncated-bptt:length=20", "online-artbp:mean-length=20,alpha=4")
         second = compare(setup, estimators, folder / "characters")

@@ -27,6 +27,8 @@ from jtrunc.training import TrainState, init_state, train_step
 MILESTONES = (10**3, 10**4, 10**5, 10**6)
 LOOK_AHEAD = 4096
 """Of ARTBP: with L₀ = 16, α = 6 a window is longer with probability 9e-10; every hit is counted."""
+HIGHEST_SHOWN = 1e3
+"""Of the picture's loss axis."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,9 @@ def picture(curves: list[Curve], path: Path) -> Path:
             label=None if curve.seed else curve.label,
         )
     axes.set(xlabel="time step t", ylabel="average loss over time steps 1..t", title="Influence balancing")
-    axes.legend(fontsize="small")
+    # What diverges leaves the frame: with all of it inside, the other curves would be one line.
+    axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_SHOWN))
+    axes.legend(fontsize="small", loc="lower left")
     figure.savefig(path, dpi=150)
     return path
 

@@ -15,17 +15,30 @@ class Choice(NamedTuple):
       name: the name in its table.
       options: every option of the constructor, given or default, in the order of its signature.
       make: the constructor; ``make(*arguments, **options)`` builds the part.
+      given: the names of the options that were given.
     """
 
     name: str
     options: dict[str, Any]
     make: Callable[..., Any]
+    given: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """The choice in command-line notation, e.g. ``truncated-bptt:length=50``."""
-        options = ",".join(f"{key.replace('_', '-')}={value}" for key, value in self.options.items())
-        return f"{self.name}:{options}" if options else self.name
+        """As it was given, in one notation: ``online-artbp:mean-length=50``."""
+        return notation(self.name, {key: self.options[key] for key in self.options if key in self.given})
+
+    @property
+    def full_label(self) -> str:
+        """With every option: equal for equal parts."""
+        return notation(self.name, self.options)
+
+
+def notation(name: str, options: Mapping[str, Any]) -> str:
+    """``name:option=value,option=value``."""
+    pairs = (f"{k.replace('_', '-')}={v:g}" if isinstance(v, float) else f"{k.replace('_', '-')}={v}"
+             for k, v in options.items())  # fmt: skip
+    return ":".join(filter(None, [name, ",".join(pairs)]))
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -66,7 +79,7 @@ def choose(text: str, table: Mapping[str, Callable[..., Any]], kind: str) -> Cho
     if absent := [key for key in missing if key not in given]:
         raise ValueError(f"{kind} {name!r} needs {absent[0]}: write {name}:{absent[0].replace('_', '-')}=...")
     options = {key: given.get(key, default) for key, (_, default) in known.items()}
-    return Choice(name, options, table[name])
+    return Choice(name, options, table[name], tuple(given))
 
 
 def options_of(constructor: Callable[..., Any]) -> dict[str, tuple[type, Any]]:
@@ -80,8 +93,8 @@ def describe(table: Mapping[str, Callable[..., Any]]) -> str:
     lines = []
     for name, constructor in table.items():
         defaults = {key: default for key, (_, default) in options_of(constructor).items()}
-        line = (inspect.getdoc(constructor) or "").partition("\n")[0]
-        lines.append(f"  {Choice(name, defaults, constructor).label}\n      {line}")
+        summary = (inspect.getdoc(constructor) or "").partition("\n")[0]
+        lines.append(f"  {notation(name, defaults)}\n      {summary}")
     return "\n".join(lines)
 
 

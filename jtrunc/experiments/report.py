@@ -23,8 +23,8 @@ def fresh_folder(path: Path) -> Path:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
-            f"output {str(path)!r} exists and is not empty: name another folder with --output, delete this one,"
-            " or go on with the run in it with --resume (train, compare, ptb-characters)"
+            f"output {str(path)!r} exists and is not empty: name another folder with --output, delete this"
+            " one, or go on with the run in it with --resume (train, compare, ptb-characters)"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -72,7 +72,7 @@ def write_json(path: Path, config: Any, **content: Any) -> Path:
 @contextlib.contextmanager
 def progress(total: int, label: str, unit: str = "steps") -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; yields ``advance(by)``."""
-    with tqdm.tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False) as bar:
+    with tqdm.tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False, mininterval=0.5) as bar:
 
         def advance(by: int) -> None:
             bar.update(min(by, total - bar.n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,14 @@ def one_run(
         eval_every=lines_per_evaluation * log_every,
         out_dir=folder,
         resume=(folder / "config.json").exists(),
-        config={"task": setup.task, "cell": setup.cell, "estimator": estimator.label,
-                "optimizer": f"{optimizer.label} {setup.learning_rate}"},
-    )  # fmt: skip
+        config={
+            "task": choose(setup.task, TASKS, "task").full_label,
+            "cell": choose(setup.cell, CELLS, "cell").full_label,
+            "estimator": estimator.full_label,
+            "optimizer": f"{optimizer.full_label} {setup.learning_rate}",
+        },
+        progress=True,
+    )
     hidden = given.model.initial_hidden(streams)
     test = training.evaluate(system, result.params, hidden, given.data["test"], seed_axis=True)
     at = np.searchsorted(result.history["update"], result.evaluations["valid"]["update"])
@@ -137,27 +143,21 @@ def train(setup: Setup, estimator: str, output: Path) -> list[Path]:
     claim(setup.resume, output)
     given = problem(setup)
     runs = [one_run(setup, given, chosen, output)]
-    paths = report(runs, setup, output)
-    if given.tokens.vocabulary is not None:
-        text = written(given, runs[0])
-        print(f"\nA sample of what it writes (seed 0):\n{text}\n")
-        paths.append(output / "sample.txt")
-        paths[-1].write_text(text, encoding="utf-8")
-    return paths
+    return report(runs, setup, output) + samples(runs, given, output)
 
 
 def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Path]:
     """The command `compare`: several estimators, each in a subfolder; returns the paths of its results."""
     chosen = [choose(text, ESTIMATORS, "estimator") for text in estimators]
-    if len({choice.label for choice in chosen}) < len(chosen) or not chosen:
+    if len({choice.full_label for choice in chosen}) < len(chosen) or not chosen:
         raise ValueError(f"--estimators must be at least one, none twice, got {' '.join(estimators)!r}")
     claim(setup.resume, output)
     given = problem(setup)
     runs = []
     for choice in chosen:
         print(f"{choice.label} ...", flush=True)
-        runs.append(one_run(setup, given, choice, output / choice.label.replace(":", "-").replace(",", "-")))
-    return report(runs, setup, output)
+        runs.append(one_run(setup, given, choice, output / re.sub("[:,]", "-", choice.label)))
+    return report(runs, setup, output) + samples(runs, given, output)
 
 
 def claim(resume: bool, output: Path) -> None:
@@ -216,12 +216,21 @@ def picture(runs: list[Run], path: Path) -> Path:
     return path
 
 
-def written(given: Problem, run: Run, num_tokens: int = 400, temperature: float = 0.8) -> str:
-    """A text sample from the first seed's parameters, after the first 100 characters of the test data."""
+def samples(runs: list[Run], given: Problem, folder: Path, num_tokens: int = 300) -> list[Path]:
+    """Shows and saves what the first seed of each run writes after 100 characters of the test data.
+
+    Returns the path of the file; [] for tasks that are no text.
+    """
     vocabulary = given.tokens.vocabulary
     if vocabulary is None:
-        raise ValueError("this task has no vocabulary to write with; use a text task")
-    params: jtrunc.Params = jax.tree.map(lambda leaf: leaf[0], run.result.params)
+        return []
     prompt = jnp.asarray(given.data["test"][0][:100, 0])
-    drawn = sample(given.model, params, prompt, num_tokens, jax.random.key(0), temperature)
-    return vocabulary.decode(np.asarray(drawn))
+    parts = []
+    for run in runs:
+        params: jtrunc.Params = jax.tree.map(lambda leaf: leaf[0], run.result.params)
+        drawn = sample(given.model, params, prompt, num_tokens, jax.random.key(0), temperature=0.8)
+        text = vocabulary.decode(np.asarray(drawn))
+        parts.append(f"--- {run.label} writes (seed 0, temperature 0.8):\n{text}\n")
+    print("\n" + "\n".join(parts), flush=True)
+    (folder / "samples.txt").write_text("\n".join(parts), encoding="utf-8")
+    return [folder / "samples.txt"]
