@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+import jtrunc
+from jtrunc import cells
 from jtrunc.base import Params
 from jtrunc.training import evaluate, init_state, train, train_step
 from jtrunc.training.runner import Runner
@@ -232,3 +234,27 @@ def test_params_of_the_wrong_kind() -> None:
     case = small()._replace(params={"W": 1.0})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`params` must be"):
         run(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["bptt", "truncated_bptt", "windowed_bptt", "artbp", "online_artbp", "per_stream"]
+)
+def test_the_library_s_estimators_learn(name: str) -> None:
+    model = cells.model(cells.tanh(5, 6), 5, cells.softmax_cross_entropy)
+    system, law = model.system, jtrunc.truncation.polynomial(5, 4)
+    streams = (3,) if name == "per_stream" else ()
+    tokens = np.resize(np.arange(5, dtype=np.int32), (60, *streams))
+    estimator = {
+        "bptt": lambda: jtrunc.bptt(system),
+        "truncated_bptt": lambda: jtrunc.truncated_bptt(system, 4),
+        "windowed_bptt": lambda: jtrunc.windowed_bptt(system, 7, 4),
+        "artbp": lambda: jtrunc.artbp(system, law),
+        "online_artbp": lambda: jtrunc.online_artbp(system, law),
+        "per_stream": lambda: jtrunc.per_stream(jtrunc.truncated_bptt(system, 4)),
+    }[name]()
+    result = train(
+        system, model.init, model.initial_hidden(streams), estimator, optax.adam(0.05),
+        (tokens[:-1], tokens[1:]), window=8, num_updates=60, seeds=2,
+    )  # fmt: skip
+    assert (result.history["loss"][-1] < 0.25 * result.history["loss"][0]).all()

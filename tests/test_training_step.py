@@ -93,7 +93,7 @@ def test_names_of_what_is_not_finite() -> None:
 def test_schedule_scales_every_leaf_in_its_dtype() -> None:
     tx = scale_by_timestep_schedule(inverse_square_root(2.0))
     grads = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones((), jnp.float32)}
-    updates, _ = tx.update(grads, tx.init(grads), timestep=jnp.int32(3))
+    updates: Any = tx.update(grads, tx.init(grads), timestep=jnp.int32(3))[0]
     assert updates["a"].dtype == jnp.bfloat16 and updates["b"].dtype == jnp.float32
     np.testing.assert_array_equal(updates["b"], 1.0)
 

@@ -30,7 +30,8 @@ class TrainResult:
 
     Attributes:
       params: the last parameters; with seeds, every leaf has a leading axis of seeds.
-      state: the last `TrainState`; with seeds likewise.
+      state: the last `TrainState`; with seeds likewise, but for `cursor`, `update` and `timestep` where all
+        seeds share them (estimators whose lengths are known at trace time).
       history: one array per name, (lines,) or (lines, seeds): ``update``, ``timestep``, ``num_steps``,
         ``loss`` (nats per step), ``grad_norm`` and the estimator's diagnostics.
       evaluations: by name of the split: ``update``, ``nats`` and ``bits`` per step.
