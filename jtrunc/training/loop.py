@@ -102,7 +102,8 @@ def train(
       ...     lambda params, hidden, x: (0.5 * (hidden - 2.0) ** 2, ()),
       ... )
       >>> result = train(system, jtrunc.Params(jnp.float32(0.0)), jnp.float32(0.0),
-      ...     jtrunc.truncated_bptt(system, 10), optax.sgd(0.003), jnp.ones(100, jnp.float32), window=10, num_updates=500)
+      ...     jtrunc.truncated_bptt(system, 10), optax.sgd(0.003), jnp.ones(100, jnp.float32),
+      ...     window=10, num_updates=500)
       >>> round(float(result.params.recurrent), 2)
       0.5
     """
