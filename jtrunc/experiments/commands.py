@@ -37,8 +37,8 @@ class Train(Setup):
 class Compare(Setup):
     """Train with several gradient estimators on one task: one table and one picture.
 
-    Every estimator gets the same data, initial parameters and number of time steps, and a folder of its own
-    below --output. With --resume, finished runs are kept and the interrupted one goes on.
+    Every estimator gets the same data, initial parameters and (on average) number of time steps, and a folder
+    of its own below --output. With --resume, finished runs are kept and the interrupted one goes on.
     """
 
     estimators: tuple[str, ...] = ("truncated-bptt:length=50", "online-artbp:mean-length=50,alpha=4")

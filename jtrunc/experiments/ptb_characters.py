@@ -37,7 +37,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "full": Scale(width=1000, seeds=6, steps=1_580_000, learning_rate=1e-4, evaluate_every=79_000),
-    "small": Scale(width=128, seeds=2, steps=20_000, learning_rate=2e-3, evaluate_every=4_000),
+    "small": Scale(width=128, seeds=2, steps=78_000, learning_rate=2e-3, evaluate_every=13_000),
 }
 """Steps are those of each of the 64 streams; 79,000 are one pass over the training text."""
 
@@ -93,8 +93,8 @@ def reproduce(config: PtbCharacters) -> list[Path]:
 def differences(scale: Scale) -> str:
     """What this configuration changes against the full one, line by line."""
     pairs = zip(Scale._fields, scale, SCALES["full"], strict=True)
-    lines = [f"  {name}: {here:g} instead of {full:g}" for name, here, full in pairs if here != full]
-    return "\n".join(["Smaller than the paper's experiment in:", *lines]) if lines else "The full experiment."
+    lines = [f"  {name}: {here:,} instead of {full:,}" for name, here, full in pairs if here != full]
+    return "\n".join(["Other than in the full experiment:", *lines]) if lines else "The full experiment."
 
 
 def picture(runs: list[Run], streams: int, path: Path) -> Path:
