@@ -155,6 +155,7 @@ def test_resume_refuses_another_configuration(capsys, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_train_writes_what_it_promises(capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60)
@@ -173,6 +174,7 @@ def test_train_writes_what_it_promises(capsys, tmp_path):
     assert all(0 < bits < 0.7 * math.log2(classes) for bits in run["test_bits"])
 
 
+@pytest.mark.slow
 def test_compare_makes_one_table_and_one_picture(capsys, tmp_path):
     estimators = ["truncated-bptt:length=6", "online-artbp:mean-length=6,look-ahead=40", "windowed-bptt"]
     assert main(["compare", *SMALL, "--estimators", *estimators, "--output", str(tmp_path / "c")]) == 0

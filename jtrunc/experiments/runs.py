@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 import jtrunc
 from jtrunc import cells, training
@@ -19,6 +18,7 @@ from jtrunc.experiments.names import Choice, choose
 from jtrunc.experiments.parts import CELLS, ESTIMATORS, OPTIMIZERS, TASKS, Tokens
 from jtrunc.experiments.report import fresh_folder, table, write_json
 from jtrunc.experiments.sampling import sample
+from jtrunc.training.plots import Curve, learning_curves
 
 STEPS_PER_LINE = 500
 
@@ -201,19 +201,13 @@ def _record(run: Run, train_bits: np.ndarray) -> dict[str, Any]:
 
 
 def picture(runs: list[Run], path: Path) -> Path:
-    """Bits per token against time steps: training as thin lines, validation as markers."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, run in enumerate(runs):
+    """Bits per token against time steps, in training and in validation, with bands over the seeds."""
+    curves = {}
+    for run in runs:
         history, valid = run.result.history, run.result.evaluations["valid"]
-        axes.plot(history["timestep"], history["loss"] / np.log(2), color=f"C{i}", alpha=0.4, linewidth=0.7)
-        lines = axes.plot(run.timesteps, valid["bits"], color=f"C{i}", marker="osD^v"[i % 5], markersize=4)
-        lines[0].set_label(f"{run.label}, validation")
-    axes.set(xlabel="time steps of each stream", ylabel="bits per token", xscale="log")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    return path
+        curves[f"{run.label}, training"] = Curve(history["timestep"], history["loss"] / np.log(2))
+        curves[f"{run.label}, validation"] = Curve(run.timesteps, valid["bits"])
+    return learning_curves(curves, path, x_label="time steps of each stream", y_label="bits per token")
 
 
 def samples(runs: list[Run], given: Problem, folder: Path, num_tokens: int = 300) -> list[Path]:
