@@ -1,0 +1,24 @@
+"""Every question of this folder, each in its own process: python benchmarks/speed/run_all.py [--quick]."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+QUESTIONS = ("structured_cells", "any_cell", "dynamic_windows", "long_bptt", "memory")
+
+
+def main() -> int:
+    """Run all with the options given here; the first that fails ends it."""
+    folder = Path(__file__).parent
+    for question in QUESTIONS:
+        print(f"== {question}", flush=True)
+        done = subprocess.run([sys.executable, str(folder / f"{question}.py"), *sys.argv[1:]], check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The speed benchmarks: every question runs in small form, and the harness computes what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "speed"
+
+
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_speed_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+harness, run_all = load("harness"), load("run_all")
+
+
+class Clock:
+    """A clock that contestants move on; `order` is who did, in turn."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def contestant(self, name: str, seconds: float) -> Any:
+        def run() -> None:
+            self.now += seconds
+            self.order.append(name)
+
+        return run
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_ratio_is_that_of_the_medians_with_the_quartiles_of_the_rounds():
+    found = harness.ratio(np.array([1.0, 4.0, 9.0]), np.array([1.0, 1.0, 3.0]))
+    assert found == (4.0, 2.0, 3.5)  # within rounds 1, 4 and 3, whose median is 3
+
+
+def test_contestants_take_turns_in_a_rotated_order():
+    clock = Clock()
+    runs = {name: clock.contestant(name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    found = harness.alternate(runs, harness.Effort(rounds=4, seconds=0.0, clock=clock))
+    assert "".join(clock.order[-12:]) == "abcbcacababc"
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "a": [1.0] * 4,
+        "b": [2.0] * 4,
+        "c": [4.0] * 4,
+    }
+
+
+def test_a_turn_is_long_enough():
+    clock = Clock()
+    found = harness.alternate({"a": clock.contestant("a", 0.25)}, harness.Effort(2, 0.9, clock))
+    assert found["a"].tolist() == [0.25, 0.25]
+    assert len(clock.order) == 1 + 3 + 2 * 4  # one to warm up, three to calibrate, two turns of four
+
+
+@pytest.mark.parametrize(
+    ("at_least", "value", "verdict"),
+    [(False, 0.8, "met"), (False, 0.81, "MISSED"), (True, 0.81, "met"), (True, 0.79, "MISSED")],
+)
+def test_targets(at_least, value, verdict):
+    assert harness.Target(0.8, at_least).verdict(value) == verdict
+
+
+def test_compare_scales_by_work_and_judges_the_ratio():
+    clock = Clock()
+    programs = {
+        name: harness.Program(clock.contestant(name, seconds), ((),), compile_seconds=0.5, temp_bytes=7)
+        for name, seconds in (("plain", 2.0), ("ours", 3.0))
+    }
+    effort = harness.Effort(rounds=3, seconds=0.0, clock=clock)
+    plain, ours = harness.compare(
+        "case", programs, "plain", {"ours": harness.Target(0.7)}, effort, {"plain": 2, "ours": 6}
+    )
+    assert (plain["µs per step"].median, ours["µs per step"].median) == pytest.approx((1e6, 5e5))
+    assert (plain["ratio"], plain["verdict"]) == (None, None)
+    assert (ours["ratio"].median, ours["target"], ours["verdict"]) == (0.5, "≤ 0.7", "met")
+    assert harness.markdown([ours]).splitlines()[2].startswith("| case | ours | 5e+05 [5e+05, 5e+05] | 0.5")
+
+
+def test_run_all_asks_every_question():
+    helpers = {"harness", "pinning", "run_all"}
+    assert set(run_all.QUESTIONS) == {path.stem for path in FOLDER.glob("*.py")} - helpers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", run_all.QUESTIONS)
+def test_quick_run(question, tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles faster
+    script = [str(FOLDER / f"{question}.py"), "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-W", "error", *script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / f"{question}.json").read_text(encoding="utf-8"))
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == 2 + len(record["rows"]) > 2
+    if hasattr(os, "sched_setaffinity"):
+        assert record["cores"] == 1
