@@ -109,6 +109,11 @@ def linearise(system: Any, params: Any, hidden: Any, inputs: Any) -> Linearised:
     return Linearised(params, states, *(np.stack(column) for column in zip(*rows, strict=True)))
 
 
+def piece(run: Linearised, start: int, stop: int) -> Linearised:
+    """The steps start + 1 … stop of a run, as a run of their own."""
+    return Linearised(run.params, run.states[start : stop + 1], *(rows[start:stop] for rows in run[2:]))
+
+
 def gradient(run: Linearised, deltas: np.ndarray, scored: np.ndarray | None = None) -> Any:
     """Eq. 7, 12: g = Σₜ δℓₜ ∂F/∂θ(xₜ, sₜ₋₁, θ), and the immediate terms of the scored losses (errata 4)."""
     total = np.zeros(run.loss_by_params.shape[1])
@@ -185,11 +190,7 @@ def artbp_factor_on_local_term(run: Linearised, cuts: Weights, probabilities: We
 
 def online_artbp(run: Linearised, start: int, length: int, law: Law) -> Any:
     """Section 5: the gradient of the one window start + 1 … start + length, a local start at its end."""
-    window = Linearised(
-        run.params,
-        run.states[start : start + length + 1],
-        *(rows[start : start + length] for rows in run[2:]),
-    )
+    window = piece(run, start, start + length)
     probabilities = [law(k, window.states[k]) for k in range(1, length)]
     return artbp(window, np.zeros(length - 1), probabilities)
 
