@@ -25,8 +25,8 @@ SMALL = ["--task", "brackets:steps=2000", "--cell", "tanh:width=6", "--streams",
 
 @pytest.fixture(autouse=True)
 def as_users_run_it():
-    """In float32, and with the implicit broadcasting that a user's session has."""
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+    """In float32."""
+    with jax.enable_x64(False):
         yield
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 TRAIN = ["train", "--task", "brackets:steps=20000", "--cell", "tanh:width=8", "--streams", "4"]
-TRAIN += ["--estimator", "truncated-bptt:length=5", "--steps", "400000", "--evaluate-every", "100000"]
+TRAIN += ["--estimator", "truncated-bptt:length=5", "--steps", "200000", "--evaluate-every", "100000"]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

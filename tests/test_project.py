@@ -51,7 +51,7 @@ def test_readme_is_short_and_begins_with_code():
 
 def test_readme_python_runs():
     for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):  # as in a reader's session
+        with jax.enable_x64(False):  # as in a reader's session
             exec(compile(code, "README.md", "exec"), {})
 
 
