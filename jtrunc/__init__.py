@@ -1,5 +1,8 @@
 """Gradient estimators for recurrent dynamical systems: a system is a transition and a loss."""
 
+import importlib
+from types import ModuleType
+
 from jtrunc import cells as cells
 from jtrunc.backward import truncation as truncation
 from jtrunc.backward.artbp import artbp as artbp
@@ -16,3 +19,12 @@ from jtrunc.base import Params as Params
 from jtrunc.base import System as System
 from jtrunc.combinators import per_stream as per_stream
 from jtrunc.combinators import with_resets as with_resets
+
+_ON_DEMAND = ("adapters", "optimizers", "tasks", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    # flax and the training loop are imported when first named, so that `import jtrunc` stays light.
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"jtrunc.{name}")
+    raise AttributeError(f"module 'jtrunc' has no attribute {name!r}")

@@ -61,6 +61,9 @@ class System(NamedTuple):
     structure: Any = None
 
 
+NO_DIAGNOSTICS: dict[str, jax.Array] = {}
+
+
 class Aux(NamedTuple):
     """What an estimate carries beside loss and gradient.
 
@@ -71,7 +74,7 @@ class Aux(NamedTuple):
     """
 
     loss: PyTree = ()
-    diagnostics: dict[str, jax.Array] = {}
+    diagnostics: dict[str, jax.Array] = NO_DIAGNOSTICS
 
 
 class Estimate(NamedTuple):

@@ -14,7 +14,9 @@ from jtrunc.base import Params, PyTree, System
 def check_size(owner: str, name: str, value: Any) -> int:
     """A positive Python integer, or a clear error."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{owner}: `{name}` must be a positive integer, not {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{owner}: `{name}` must be a positive integer, not {value!r} ({type(value).__name__})"
+        )
     if value < 1:
         raise ValueError(f"{owner}: `{name}` must be at least 1, not {value}")
     return int(value)
@@ -65,7 +67,9 @@ def check_inputs(inputs: PyTree) -> int:
     """The common length of the time axis, at least 1, or a clear error."""
     leaves = jax.tree_util.tree_leaves_with_path(inputs)
     if not leaves:
-        raise ValueError("`inputs` has no array leaves, so it has no time axis; pass jnp.zeros((T,)) if F needs none")
+        raise ValueError(
+            "`inputs` has no array leaves, so it has no time axis; pass jnp.zeros((T,)) if F needs none"
+        )
     lengths = {}
     for path, leaf in leaves:
         name = f"inputs{jax.tree_util.keystr(path)}"
@@ -76,7 +80,9 @@ def check_inputs(inputs: PyTree) -> int:
         lengths[name] = leaf.shape[0]
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"`{name}` has {length}" for name, length in lengths.items())
-        raise ValueError(f"`inputs` has unequal time axes: {shown} steps; give all leaves the same leading axis")
+        raise ValueError(
+            f"`inputs` has unequal time axes: {shown} steps; give all leaves the same leading axis"
+        )
     length = next(iter(lengths.values()))
     if length == 0:
         raise ValueError("`inputs` is empty: its time axis has 0 steps; give at least one step")
@@ -95,7 +101,8 @@ def check_step(system: System, params: Params, hidden: PyTree, inputs: PyTree) -
     value = jax.eval_shape(system.loss, params, hidden_aval, inputs_aval)
     if not (isinstance(value, tuple) and len(value) == 2):
         raise TypeError(
-            f"`system.loss` must return (scalar, aux), not {_shown(value)}; return (loss, ()) if there is no aux"
+            f"`system.loss` must return (scalar, aux), not {_shown(value)}; "
+            "return (loss, ()) if there is no aux"
         )
     scalar = value[0]
     if not hasattr(scalar, "shape") or scalar.shape != ():
@@ -108,7 +115,7 @@ def check_step(system: System, params: Params, hidden: PyTree, inputs: PyTree) -
 
 
 def check_same_state(what: str, before: PyTree, after: PyTree) -> None:
-    """The hidden state keeps its structure, shapes and dtypes, or an error that shows the first difference."""
+    """The hidden state keeps structure, shapes and dtypes, or an error shows the first difference."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise TypeError(
             f"{what} changes the structure of `hidden` from {jax.tree.structure(before)} to "

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jtrunc.base import Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_same_state, check_system
-from jtrunc.structure import Stack, Wrapper, wrap_structure, wrap_transition
-from jtrunc.trees import strongly_typed
+from jtrunc.structure import Wrapper, wrap_structure, wrap_transition
+from jtrunc.trees import is_concrete, strongly_typed
 
 
 def with_resets(system: System, initial_hidden: PyTree) -> System:
@@ -49,21 +49,20 @@ def with_resets(system: System, initial_hidden: PyTree) -> System:
 
         return Wrapper(before=before)
 
-    if isinstance(system.structure, Stack):
-        structure = wrap_structure(system.structure, tuple(starting_at(layer) for layer in initial_hidden))
-    else:
-        structure = wrap_structure(system.structure, starting_at(initial_hidden))
+    def starting_layer(depth: int | None) -> Wrapper:
+        return starting_at(initial_hidden if depth is None else initial_hidden[depth])
+
     return System(
         transition=wrap_transition(system.transition, starting_at(initial_hidden)),
         loss=lambda params, hidden, inputs: system.loss(params, hidden, inputs[1]),
-        structure=structure,
+        structure=wrap_structure(system.structure, starting_layer),
     )
 
 
 def _where_rows(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     condition = jnp.asarray(condition, dtype=bool)
-    missing = on_false.ndim - condition.ndim
-    return jnp.where(jnp.expand_dims(condition, tuple(range(condition.ndim, condition.ndim + missing))), on_true, on_false)
+    condition = jnp.expand_dims(condition, tuple(range(condition.ndim, on_false.ndim)))
+    return jnp.where(condition, on_true, on_false)
 
 
 def per_stream(estimator: GradientEstimator) -> GradientEstimator:
@@ -90,7 +89,8 @@ def per_stream(estimator: GradientEstimator) -> GradientEstimator:
         sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(hidden)}
         if len(sizes) != 1 or sizes == {()}:
             raise ValueError(
-                f"per_stream: leaves of `hidden` have leading axes {sorted(sizes)}; all need the same axis of streams"
+                f"per_stream: leaves of `hidden` have leading axes {sorted(sizes)}; "
+                "all need the same axis of streams"
             )
         if key is None:
             return jax.vmap(lambda hidden: estimator.init(params, hidden))(hidden)
@@ -103,13 +103,14 @@ def per_stream(estimator: GradientEstimator) -> GradientEstimator:
 
         def one_stream(state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
             estimate, state = estimator.update(params, state, inputs)
-            known_steps.append(not isinstance(estimate.num_steps, jax.core.Tracer))
+            known_steps.append(is_concrete(estimate.num_steps))
             return estimate, state
 
         for leaf in jax.tree.leaves(inputs):
             if jnp.ndim(leaf) < 2:
                 raise ValueError(
-                    f"per_stream: every leaf of `inputs` needs axes (time, streams, ...), not shape {jnp.shape(leaf)}"
+                    "per_stream: every leaf of `inputs` needs axes (time, streams, ...), "
+                    f"not shape {jnp.shape(leaf)}"
                 )
         estimates, states = jax.vmap(one_stream, in_axes=(0, 1))(state, inputs)
         mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), (estimates.loss, estimates.grads))

@@ -82,6 +82,11 @@ def project(features: jax.Array, kernel: jax.Array) -> jax.Array:
     return features @ kernel
 
 
+def add_bias(values: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """``values + bias`` for values (..., outputs), with the ranks made equal explicitly."""
+    return values if bias is None else values + jnp.expand_dims(bias, tuple(range(values.ndim - 1)))
+
+
 def transition_of(structure: Structure | Stack) -> Transition:
     """The plain transition ``(theta, hidden, inputs) -> hidden`` that a declaration stands for."""
     if isinstance(structure, Stack):
@@ -92,12 +97,12 @@ def transition_of(structure: Structure | Stack) -> Transition:
         from_inputs = structure.input_features(inputs)
         preactivations = {}
         for name, (hidden_kernel, input_kernel, bias) in structure.affine(theta).items():
-            terms: list[Any] = [] if bias is None else [bias]
-            if input_kernel is not None:
-                terms.append(project(from_inputs[name], input_kernel))
+            terms = []
             if hidden_kernel is not None:
                 terms.append(project(from_hidden[name], hidden_kernel))
-            preactivations[name] = sum(terms[1:], terms[0])
+            if input_kernel is not None:
+                terms.append(project(from_inputs[name], input_kernel))
+            preactivations[name] = add_bias(sum(terms[1:], terms[0]), bias)
         return structure.combine(structure.elementwise(theta), hidden, inputs, preactivations)
 
     return transition
@@ -139,21 +144,18 @@ def wrap_transition(transition: Transition, wrapper: Wrapper) -> Transition:
 
 
 def wrap_structure(
-    structure: Structure | Stack | None, wrappers: Wrapper | tuple[Wrapper, ...]
+    structure: Structure | Stack | None, wrapper_of: Callable[[int | None], Wrapper]
 ) -> Structure | Stack | None:
-    """The structure of the wrapped transition; one wrapper a layer for a `Stack`."""
+    """The structure of the wrapped transition; `wrapper_of` is asked for each layer of a `Stack`, or None."""
     if structure is None:
         return None
     if isinstance(structure, Stack):
-        assert isinstance(wrappers, tuple)
-        pairs = zip(structure.layers, wrappers, strict=True)
         return Stack(
-            tuple(_wrap_layer(layer, wrapper) for layer, wrapper in pairs),
+            tuple(_wrap_layer(layer, wrapper_of(depth)) for depth, layer in enumerate(structure.layers)),
             structure.outputs,
             lambda inputs, output: (inputs[0], structure.pass_up(inputs[1], output)),
         )
-    assert isinstance(wrappers, Wrapper)
-    return _wrap_layer(structure, wrappers)
+    return _wrap_layer(structure, wrapper_of(None))
 
 
 def _wrap_layer(structure: Structure, wrapper: Wrapper) -> Structure:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jtrunc.base import PyTree
 
@@ -15,6 +16,11 @@ from jtrunc.base import PyTree
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf carries gradients: real or complex floating point."""
     return jnp.issubdtype(jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype, jnp.inexact)
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether a value is known while tracing, rather than a tracer."""
+    return not isinstance(value, Tracer)
 
 
 def partition_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
@@ -73,6 +79,21 @@ def weighted_cotangent(weight: jax.Array, cotangent: PyTree) -> PyTree:
         return jnp.where(weight == 0, jnp.zeros_like(leaf), weight.astype(leaf.real.dtype) * leaf)
 
     return jax.tree.map(scale, cotangent)
+
+
+def read_row(tree: PyTree, index: Any) -> PyTree:
+    """Row `index`, which may be data, of every leaf."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), tree)
+
+
+def read_rows(tree: PyTree, first: Any, count: int) -> PyTree:
+    """`count` rows of every leaf from `first` on, which may be data but must leave room for them."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count, 0), tree)
+
+
+def write_row(tree: PyTree, index: Any, row: PyTree) -> PyTree:
+    """Every leaf with its row `index`, which may be data, replaced."""
+    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), tree, row)
 
 
 def strongly_typed(tree: PyTree) -> PyTree:

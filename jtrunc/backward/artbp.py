@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtrunc.backward.truncation import Boundary, Truncation, check_law, edge_weight
+from jtrunc.backward.truncation import Boundary, Truncation, check_law, edge_weight, entering_edges
 from jtrunc.backward.unroll import Window, weighted_edge, window_gradient
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_step, check_system
@@ -55,8 +55,8 @@ def artbp(system: System, truncation: Truncation) -> GradientEstimator:
       TypeError, ValueError: no law, no typed key for a random one, bad system, params or inputs, or a
         `given` law for another number of steps.
 
-    Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ, T = 3. The terms dh₂/dθ = 1 and dh₃/dθ = 1 + θ · 1 by one uncut boundary
-    of probability 1/2, weight 2, and one cut:
+    Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ, T = 3. The boundary after the second step is left uncut at c = 1/2, so
+    what flows back across it, dh₃/dh₂ · dh₂/dθ = θ · 1, counts twice: 1 + (1 + θ) + … = 1 + 1.5 + 2 θ.
 
       >>> from jtrunc import truncation
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
@@ -82,11 +82,13 @@ def artbp(system: System, truncation: Truncation) -> GradientEstimator:
             result, walk, cuts = _cut_on_the_way(system, law, params, state, inputs, uniforms)
             hidden, aux = result.hidden[0], result.aux[0]
         else:
-            walk, (cuts, edges) = jax.lax.scan(
-                lambda walk, uniform: next_boundary(law, walk, None, uniform), start_walk(state.elapsed), uniforms
+            walk, (cuts, weights) = jax.lax.scan(
+                lambda walk, uniform: next_boundary(law, walk, None, uniform),
+                start_walk(state.elapsed),
+                uniforms,
             )
-            edges = jnp.concatenate([jnp.ones(1, edges.dtype), edges[:-1]])
-            result = window_gradient(system, params, state.hidden, inputs, Window(edges))
+            window = Window(entering_edges(weights))
+            result = window_gradient(system, params, state.hidden, inputs, window)
             hidden, aux = result.hidden, result.aux
         diagnostics = {"num_cuts": jnp.sum(cuts, dtype=jnp.int32)}
         estimate = Estimate(result.loss, result.grads, np.int32(num_steps), Aux(aux, diagnostics))  # pyright: ignore
@@ -135,7 +137,7 @@ def _cut_on_the_way(
         hidden, walk, weight = carried
         inputs_t, uniform = xs
         hidden = system.transition(theta, weighted_edge(weight, hidden), inputs_t)
-        walk, (cut, weight) = next_boundary(law, walk, jax.lax.stop_gradient(hidden), uniform)
+        walk, (_, weight) = next_boundary(law, walk, jax.lax.stop_gradient(hidden), uniform)
         return hidden, walk, jax.lax.stop_gradient(weight)
 
     def loss(params: Params, carried: Any, xs: Any) -> tuple[jax.Array, Any]:

@@ -52,7 +52,9 @@ def bptt(system: System, *, checkpoint: Literal["sqrt"] | int | None = None) -> 
     check_system("bptt", system)
     if checkpoint is not None and checkpoint != "sqrt":
         if isinstance(checkpoint, str):
-            raise ValueError(f'bptt: `checkpoint` must be None, "sqrt" or a number of steps, not {checkpoint!r}')
+            raise ValueError(
+                f'bptt: `checkpoint` must be None, "sqrt" or a number of steps, not {checkpoint!r}'
+            )
         check_size("bptt", "checkpoint", checkpoint)
 
     def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> BpttState:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Params, PyTree, System
-from jtrunc.structure import Stack, Wrapper, wrap_structure, wrap_transition
+from jtrunc.structure import Wrapper, wrap_structure, wrap_transition
 from jtrunc.trees import select
 
 
@@ -17,11 +17,7 @@ def with_mask(system: System) -> System:
     def loss(params: Params, hidden: PyTree, inputs: PyTree) -> tuple[jax.Array, PyTree]:
         active, x = inputs
         value, aux = system.loss(params, hidden, x)
-        return jnp.where(active, value, jnp.zeros_like(value)), select(
-            active, aux, jax.tree.map(jnp.zeros_like, aux)
-        )
+        return select(active, (value, aux), jax.tree.map(jnp.zeros_like, (value, aux)))
 
-    wrappers = keep
-    if isinstance(system.structure, Stack):
-        wrappers = (keep,) * len(system.structure.layers)
-    return System(wrap_transition(system.transition, keep), loss, wrap_structure(system.structure, wrappers))
+    structure = wrap_structure(system.structure, lambda depth: keep)
+    return System(wrap_transition(system.transition, keep), loss, structure)

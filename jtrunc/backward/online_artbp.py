@@ -9,7 +9,15 @@ import jax.numpy as jnp
 
 from jtrunc.backward.artbp import Walk, next_boundary, start_walk
 from jtrunc.backward.parts import window_parts
-from jtrunc.backward.truncation import Boundary, Truncation, check_law, edge_weight, probabilities, survival
+from jtrunc.backward.truncation import (
+    Boundary,
+    Truncation,
+    check_law,
+    edge_weight,
+    entering_edges,
+    probabilities,
+    survival,
+)
 from jtrunc.backward.window import Boundaries, Decide, dynamic_window
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_step, check_system
@@ -87,31 +95,27 @@ def online_artbp(system: System, truncation: Truncation) -> GradientEstimator:
         window = dynamic_window(parts, state.hidden, inputs, boundaries, decide)
         cut = window.boundaries.state if decide is None else window.boundaries.state[1]
         diagnostics = {"look_ahead_hits": jnp.where(cut, 0, 1).astype(jnp.int32)}
-        estimate = Estimate(
-            window.loss, window.grads, window.boundaries.stop, Aux(window.aux, diagnostics)
-        )
+        estimate = Estimate(window.loss, window.grads, window.boundaries.stop, Aux(window.aux, diagnostics))
         return estimate, OnlineArtbpState(window.hidden, key)
 
     return GradientEstimator(init, update)
 
 
-def _entering(weights: jax.Array) -> jax.Array:
-    """From the weight of the boundary after each step to that of the edge that enters each step."""
-    return jnp.concatenate([jnp.ones(1, weights.dtype), weights[:-1]])
-
-
 def _decided(law: Truncation, draw: Any, look_ahead: int) -> Boundaries:
     """All boundaries at once: the state is whether the window ends with a cut."""
-    c = probabilities(law, look_ahead)
+    with jax.ensure_compile_time_eval():  # constants, unless the law's own parameters are traced
+        c = probabilities(law, look_ahead)
+        uncut_so_far = survival(law, look_ahead)
+        edges = entering_edges(edge_weight(jnp.asarray(False), c))
     if law.random:
-        uncut = _small_uniform(draw) < survival(law, look_ahead)
+        uncut = _small_uniform(draw) < uncut_so_far
     else:
         index = jnp.arange(look_ahead)
         cuts = jax.vmap(lambda i, c: law.cut(Boundary(i, i + 1), c, jnp.zeros(())))(index, c)
         uncut = jnp.cumsum(cuts) == 0
     num_uncut = jnp.sum(uncut, dtype=jnp.int32)
     stop = jnp.minimum(num_uncut + 1, look_ahead)
-    return Boundaries(num_uncut < look_ahead, stop, _entering(edge_weight(jnp.asarray(False), c)))
+    return Boundaries(num_uncut < look_ahead, stop, edges)
 
 
 def _small_uniform(key: jax.Array) -> jax.Array:

@@ -24,9 +24,11 @@ from jtrunc.trees import (
     add_into,
     cast_like,
     partition_inexact,
+    read_row,
     select,
     weighted_cotangent,
     wide_dtype,
+    write_row,
 )
 
 
@@ -56,7 +58,7 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
     def backward_chunk(bars: PyTree, cotangent: PyTree, chunk: Chunk) -> Any:
         def step(carry: Any) -> Any:
             index, bars, cotangent, loss, aux = carry
-            before, inputs_t = jax.tree.map(lambda rows: rows[index], (chunk.before, chunk.inputs))
+            before, inputs_t = read_row((chunk.before, chunk.inputs), index)
             leaves, restore = partition_inexact(before)
 
             def run(params: Params, leaves: list[jax.Array]) -> Any:
@@ -66,8 +68,8 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
 
             (value, _), pull, aux_t = jax.vjp(run, params, leaves, has_aux=True)
             params_bar, leaves_bar = pull((jnp.ones_like(value), cotangent))
-            cotangent = weighted_cotangent(chunk.edges[index], leaves_bar)
-            aux = jax.tree.map(lambda rows, row: rows.at[index].set(row), aux, aux_t)
+            cotangent = weighted_cotangent(read_row(chunk.edges, index), leaves_bar)
+            aux = write_row(aux, index, aux_t)
             return index - 1, add_into(bars, params_bar), cotangent, loss + value.astype(loss_dtype), aux
 
         aux = jax.tree.map(lambda leaf: jnp.zeros((CHUNK, *leaf.shape), leaf.dtype), aux_shapes)
@@ -110,12 +112,12 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
 
         def step(carry: Any) -> Any:
             index, cotangent, elementwise_bar, deltas = carry
-            before, inputs_t, projected_t, saved, loss_bar = jax.tree.map(lambda leaf: leaf[index], rows)
+            before, inputs_t, projected_t, saved, loss_bar = read_row(rows, index)
             total = jax.tree.map(jnp.add, jax.tree.unflatten(treedef, cotangent), loss_bar)
             bars = backward_step(structure, layout, weights, before, inputs_t, projected_t, saved, total)
-            cotangent = weighted_cotangent(chunk.edges[index], jax.tree.leaves(bars.hidden))
+            cotangent = weighted_cotangent(read_row(chunk.edges, index), jax.tree.leaves(bars.hidden))
             elementwise_bar = add_into(elementwise_bar, bars.elementwise)
-            return index - 1, cotangent, elementwise_bar, deltas.at[index].set(bars.delta)
+            return index - 1, cotangent, elementwise_bar, write_row(deltas, index, bars.delta)
 
         deltas = jnp.zeros((*chunk.saved.shape[:-1], num_outputs), chunk.saved.dtype)
         carry = (chunk.num_active - 1, cotangent, elementwise_bar, deltas)
@@ -125,14 +127,12 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
         params_bar, weights_bar = bars
         active = jnp.arange(CHUNK) < chunk.num_active
         # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
-        last = jax.tree.map(lambda leaf: leaf[chunk.num_active - 1], chunk.after)
-        after = jax.tree.map(lambda rows, row: jax.vmap(lambda on, r: jnp.where(on, r, row))(active, rows), chunk.after, last)
+        last = read_row(chunk.after, chunk.num_active - 1)
+        after = jax.vmap(lambda on, row: select(on, row, last))(active, chunk.after)
         (loss, aux), (params_step, after_bar) = jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(
             params, after, chunk
         )
-        cotangent, elementwise_bar, deltas = pull_deltas(
-            chunk, after_bar, cotangent, weights_bar.elementwise
-        )
+        cotangent, elementwise_bar, deltas = pull_deltas(chunk, after_bar, cotangent, weights_bar.elementwise)
         step_weights, _ = weight_cotangents(structure, layout, weights, chunk.before, chunk.inputs, deltas)
         weights_bar = add_into(weights_bar, step_weights)._replace(elementwise=elementwise_bar)
         return (add_into(params_bar, params_step), weights_bar), cotangent, loss, aux

@@ -48,7 +48,8 @@ def scan(
     Raises:
       TypeError, ValueError: no law, no typed key for a random one, unequal time axes, a carry that changes.
 
-    Example: cₜ = θ cₜ₋₁ + 1 from c₀ = 0; the gradient of c₃ = 1 + θ + θ² is 1 + 2θ, cut after the second step 1 + θ.
+    Example: cₜ = θ cₜ₋₁ + 1 from c₀ = 0; the gradient of c₃ = 1 + θ + θ² is 1 + 2θ, and 1 + θ if it is cut
+    after the second step.
 
       >>> from jtrunc import truncation
       >>> def last(theta, law):

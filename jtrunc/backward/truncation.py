@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jtrunc.base import PyTree
 from jtrunc.checks import check_size
+from jtrunc.trees import is_concrete
 
 
 class Boundary(NamedTuple):
@@ -78,7 +79,9 @@ def constant(c: float) -> Truncation:
       ValueError: c outside [0, 1).
     """
     if _is_number("truncation.constant", "c", c) and not 0.0 <= c < 1.0:
-        raise ValueError(f"truncation.constant: `c` must lie in [0, 1), not {c}; a certain cut cannot be compensated")
+        raise ValueError(
+            f"truncation.constant: `c` must lie in [0, 1), not {c}; a certain cut cannot be compensated"
+        )
     return _random(lambda boundary: jnp.asarray(c, dtype=float))
 
 
@@ -102,16 +105,21 @@ def polynomial(mean_length: float, alpha: float) -> Truncation:
       0.0769
     """
     if _is_number("truncation.polynomial", "mean_length", mean_length) and not mean_length > 1.0:
-        raise ValueError(f"truncation.polynomial: `mean_length` must exceed 1, not {mean_length}; else c reaches 1")
+        raise ValueError(
+            f"truncation.polynomial: `mean_length` must exceed 1, not {mean_length}; else c reaches 1"
+        )
     if _is_number("truncation.polynomial", "alpha", alpha) and not alpha > 2.0:
-        raise ValueError(f"truncation.polynomial: `alpha` must exceed 2, not {alpha}; else no mean length exists")
+        raise ValueError(
+            f"truncation.polynomial: `alpha` must exceed 2, not {alpha}; else no mean length exists"
+        )
     return _random(lambda boundary: (alpha - 1.0) / ((alpha - 2.0) * mean_length + boundary.elapsed))
 
 
 def given(cuts: Any, probabilities: Any) -> Truncation:
-    """Cuts drawn elsewhere: cuts[i] = 1 cuts between step i and step i + 1 of `inputs`, drawn with c = probabilities[i].
+    """Cuts drawn elsewhere: cuts[i] = 1 cuts between step i and step i + 1, drawn with c = probabilities[i].
 
-    Unbiased if and only if the cuts were drawn with those probabilities, each given the ones before it.
+    i counts the steps of `inputs`. Unbiased if and only if the cuts were drawn with those probabilities, each
+    given the ones before it.
 
     Args:
       cuts: (T,) zeros and ones, or booleans.
@@ -123,14 +131,17 @@ def given(cuts: Any, probabilities: Any) -> Truncation:
     cuts, probabilities = jnp.asarray(cuts), jnp.asarray(probabilities, dtype=float)
     for name, values in (("cuts", cuts), ("probabilities", probabilities)):
         if values.ndim != 1 or values.shape[0] == 0:
-            raise ValueError(f"truncation.given: `{name}` must have shape (T,) with T ≥ 1, not {values.shape}")
+            raise ValueError(
+                f"truncation.given: `{name}` must have shape (T,) with T ≥ 1, not {values.shape}"
+            )
     if cuts.shape != probabilities.shape:
         raise ValueError(
-            f"truncation.given: `cuts` {cuts.shape} and `probabilities` {probabilities.shape} must be equally long"
+            f"truncation.given: `cuts` {cuts.shape} and `probabilities` {probabilities.shape} "
+            "must be equally long"
         )
-    if _concrete(cuts) and not bool(((cuts == 0) | (cuts == 1)).all()):
+    if is_concrete(cuts) and not bool(((cuts == 0) | (cuts == 1)).all()):
         raise ValueError(f"truncation.given: `cuts` must be zeros and ones, not {cuts}")
-    if _concrete(probabilities) and not bool(((probabilities >= 0) & (probabilities < 1)).all()):
+    if is_concrete(probabilities) and not bool(((probabilities >= 0) & (probabilities < 1)).all()):
         raise ValueError(f"truncation.given: `probabilities` must lie in [0, 1), not {probabilities}")
     return Truncation(
         probability=lambda boundary: probabilities[boundary.index],
@@ -141,7 +152,7 @@ def given(cuts: Any, probabilities: Any) -> Truncation:
 
 
 def from_probability(fn: Callable[..., Any]) -> Truncation:
-    """A cut with the probability that your function gives: ``fn(elapsed) -> c`` or ``fn(elapsed, hidden) -> c``.
+    """A cut with your own probability: ``fn(elapsed) -> c`` or ``fn(elapsed, hidden) -> c``.
 
     `elapsed` is int32, the steps since the last cut (1 on the first step after it); `hidden` is hₜ after
     the step. c is one scalar for the whole state. A value outside [0, 1) turns the gradient into nan.
@@ -173,6 +184,11 @@ def edge_weight(cut: jax.Array, c: jax.Array) -> jax.Array:
     return jnp.where(cut, 0.0, 1.0 / (1.0 - jnp.asarray(c, dtype=float)))
 
 
+def entering_edges(weights: jax.Array) -> jax.Array:
+    """From the weight of the boundary after each step to that of the edge that enters each step."""
+    return jnp.concatenate([jnp.ones(1, weights.dtype), weights[:-1]])
+
+
 def _random(probability: Callable[[Boundary], jax.Array], reads_hidden: bool = False) -> Truncation:
     return Truncation(probability, lambda boundary, c, uniform: uniform < c, True, reads_hidden)
 
@@ -181,15 +197,11 @@ def _zero(boundary: Boundary) -> jax.Array:
     return jnp.zeros((), dtype=float)
 
 
-def _concrete(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer)
-
-
 def _is_number(owner: str, name: str, value: Any) -> bool:
     """Whether a parameter can be checked now; traced scalars are taken on trust."""
-    if isinstance(value, bool) or not jnp.isscalar(value) and getattr(value, "shape", None) != ():
+    if isinstance(value, bool) or not (jnp.isscalar(value) or getattr(value, "shape", None) == ()):
         raise TypeError(f"{owner}: `{name}` must be a real number, not {value!r}")
-    return _concrete(value)
+    return is_concrete(value)
 
 
 def probabilities(law: Truncation, num_steps: int) -> jax.Array:
@@ -199,7 +211,9 @@ def probabilities(law: Truncation, num_steps: int) -> jax.Array:
       ValueError: the law reads the hidden state, so that c is not known in advance.
     """
     if law.reads_hidden:
-        raise ValueError("truncation.probabilities: the law reads the hidden state; c is known only on the way")
+        raise ValueError(
+            "truncation.probabilities: the law reads the hidden state, so c is known only on the way"
+        )
     index = jnp.arange(num_steps)
     return jax.vmap(lambda i: jnp.asarray(law.probability(Boundary(i, i + 1)), dtype=float))(index)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import PyTree
-from jtrunc.structure import Affine, Stack, Structure, project
+from jtrunc.structure import Affine, Stack, Structure, add_bias, project
 from jtrunc.trees import cotangent_tree, is_inexact, partition_inexact, weighted_cotangent
 
 Named = dict[str, jax.Array]
@@ -129,10 +129,7 @@ def _products(
     """``a W + b`` of every map in these groups, one product a group."""
     values: Named = {}
     for group, (kernel, bias) in zip(groups, weights, strict=True):
-        value = project(features[group[0]], kernel)
-        if bias is not None:
-            value = value + jnp.expand_dims(bias, tuple(range(value.ndim - 1)))
-        values |= layout.split(value, group)
+        values |= layout.split(add_bias(project(features[group[0]], kernel), bias), group)
     return values
 
 
@@ -332,9 +329,7 @@ def _scan_backward(
         from_future, elementwise_bar = carry
         hidden_bar, hidden_t, inputs_t, projected_t, saved_t, edge = xs
         cotangent = jax.tree.map(jnp.add, hidden_bar, from_future)
-        bars = backward_step(
-            structure, layout, weights, hidden_t, inputs_t, projected_t, saved_t, cotangent
-        )
+        bars = backward_step(structure, layout, weights, hidden_t, inputs_t, projected_t, saved_t, cotangent)
         elementwise_bar = jax.tree.map(jnp.add, elementwise_bar, bars.elementwise)
         to_past = bars.hidden if edge is None else weighted_cotangent(edge, bars.hidden)
         return (to_past, elementwise_bar), (bars.delta, bars.inputs if inputs_flow else ())

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jtrunc.backward.two_phase import structured_hiddens, two_phase_pays
 from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_step
-from jtrunc.trees import concatenate, num_time_steps, partition_inexact, split_at, weighted_cotangent, wide_dtype
+from jtrunc.trees import (
+    concatenate,
+    num_time_steps,
+    partition_inexact,
+    split_at,
+    weighted_cotangent,
+    wide_dtype,
+)
 
 
 def unroll(
@@ -85,10 +92,13 @@ class Window(NamedTuple):
     mark: int | None = None
 
 
+PLAIN = Window()
+
+
 def weighted_unroll(
-    system: System, params: Params, hidden: PyTree, inputs: PyTree, window: Window = Window()
+    system: System, params: Params, hidden: PyTree, inputs: PyTree, window: Window = PLAIN
 ) -> tuple[PyTree, tuple[jax.Array, PyTree]]:
-    """`unroll` with the reverse pass that `window` describes: the marked hidden state, scored losses and aux.
+    """`unroll` with the reverse pass that `window` describes: marked hidden state, scored losses, aux.
 
     Structured systems take the two-phase backward pass where it pays.
     """
@@ -98,9 +108,9 @@ def weighted_unroll(
     stops = sorted({stop for stop in (first_scored, mark, length) if stop > 0})
     marked, scored, start = hidden, [], 0
     for stop in stops:
-        piece = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], (inputs, window.edges))
+        steps, edges = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], (inputs, window.edges))
         runs = system if start >= first_scored else _without_loss(system)
-        hidden, out = _segmented(runs, params, hidden, *piece, window.segment)
+        hidden, out = _segmented(runs, params, hidden, steps, edges, window.segment)
         marked = hidden if stop == mark else marked
         scored += [out] if start >= first_scored else []
         start = stop
@@ -170,7 +180,7 @@ class WindowGradient(NamedTuple):
 
 
 def window_gradient(
-    system: System, params: Params, hidden: PyTree, inputs: PyTree, window: Window = Window()
+    system: System, params: Params, hidden: PyTree, inputs: PyTree, window: Window = PLAIN
 ) -> WindowGradient:
     """Loss and weighted gradient of one window; the hidden state that enters is a constant."""
 

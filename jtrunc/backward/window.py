@@ -1,10 +1,10 @@
 """A window whose length is data: one compiled program for every length.
 
-Forward, a loop of dynamic trip count runs until the law cuts, and stores what the way back needs of one
-block of steps, and of every earlier block the hidden state in which it began. Backward, blocks are taken
-from the last to the first, recomputed where they are not the last; inside a block, chunks of a few steps
-are the static unit of all matrix products. Time is proportional to the steps processed, memory is that of
-one block and one hidden state per block of look-ahead.
+A loop visits blocks of steps. On the way out it runs each forward, until the law cuts, and keeps the
+hidden state in which the next begins; at the last block it turns round, and on the way back it runs each
+block once more and pulls the gradient through it, chunk by chunk: a chunk of a few steps is the static
+unit of all matrix products. Only windows longer than a block recompute anything. Time is proportional to
+the steps processed; memory is that of one block and one hidden state per block of look-ahead.
 
 Never `vmap` this (a batched loop of dynamic length runs every lane to the longest and selects whole
 buffers at each step); `jax.lax.map` over seeds is the fast way.
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Params, PyTree
-from jtrunc.trees import num_time_steps, partition_inexact
+from jtrunc.trees import num_time_steps, partition_inexact, read_row, read_rows, select, write_row
 
 CHUNK = 16
 """Steps in one static matrix product of the backward pass; a window wastes half a chunk on average."""
@@ -113,35 +113,56 @@ def dynamic_window(
     inputs, boundaries = _whole_chunks(inputs, boundaries)
     size = min(BLOCK, num_time_steps(inputs))
     num_blocks = -(-look_ahead // size)
-    starts = jax.tree.map(lambda leaf: jnp.zeros((num_blocks, *leaf.shape), leaf.dtype), hidden)
 
-    def run_block(carry: Any) -> Any:
-        index, hidden, block, starts, boundaries = carry
-        starts = _write(starts, index, hidden)
-        block, num_steps, boundaries = _forward_block(
-            parts, hidden, inputs, index * size, block, boundaries, decide
+    def visit(visited: _Visit) -> _Visit:
+        index, back, starts, block, boundaries, sums = visited
+        start = index * size
+        block, num_steps, hidden, boundaries = _forward_block(
+            parts, read_row(starts, index), inputs, start, block, boundaries, _unless(back, decide)
         )
-        return index + 1, _row(block.hiddens, num_steps), block, starts, boundaries
+        starts = write_row(starts, index + 1, hidden)
+        back = back | (start + num_steps >= boundaries.stop)
+        sums = _backward_block(parts, block, inputs, start, jnp.where(back, num_steps, 0), boundaries, sums)
+        return _Visit(jnp.where(back, index - 1, index + 1), back, starts, block, boundaries, sums)
 
-    carry = (jnp.int32(0), hidden, _empty_block(parts, hidden, inputs, size), starts, boundaries)
-    num_run, hidden, block, starts, boundaries = jax.lax.while_loop(
-        lambda carry: carry[0] * size < carry[4].stop, run_block, carry
+    starts = jax.tree.map(lambda leaf: jnp.zeros((num_blocks + 1, *leaf.shape), leaf.dtype), hidden)
+    first = _Visit(
+        index=jnp.int32(0),
+        back=jnp.asarray(False),
+        starts=write_row(starts, 0, hidden),
+        block=_empty_block(parts, hidden, inputs, size),
+        boundaries=boundaries,
+        sums=_zero_sums(parts, hidden, num_time_steps(inputs)),
     )
+    last = jax.lax.while_loop(lambda visited: visited.index >= 0, visit, first)
+    hidden = read_row(last.starts, (last.boundaries.stop + size - 1) // size)
+    aux = jax.tree.map(lambda leaf: leaf[:look_ahead], last.sums.aux)
+    return DynamicWindow(hidden, last.sums.loss, parts.finish(last.sums.bars), aux, last.boundaries)
 
-    def differentiate_block(carry: Any) -> Any:
-        index, block, *sums = carry
-        sums = _backward_block(parts, block, inputs, index * size, size, boundaries, *sums)
-        earlier = jnp.maximum(index - 1, 0)
-        recompute = boundaries._replace(stop=index * size)  # nothing, for the first block
-        block, _, _ = _forward_block(parts, _row(starts, earlier), inputs, earlier * size, block, recompute)
-        return index - 1, block, *sums
 
-    cotangent = [jnp.zeros_like(leaf) for leaf in partition_inexact(hidden)[0]]
-    aux = jax.tree.map(lambda leaf: jnp.zeros((num_time_steps(inputs), *leaf.shape), leaf.dtype), parts.aux)
-    carry = (num_run - 1, block, cotangent, parts.zero_bars(), jnp.zeros((), parts.loss_dtype), aux)
-    _, _, _, bars, loss, aux = jax.lax.while_loop(lambda carry: carry[0] >= 0, differentiate_block, carry)
-    aux = jax.tree.map(lambda leaf: leaf[:look_ahead], aux)
-    return DynamicWindow(hidden, loss, parts.finish(bars), aux, boundaries)
+class _Sums(NamedTuple):
+    """What the way back adds up; `cotangent` is that of the state in which the last block visited began."""
+
+    cotangent: list[jax.Array]
+    bars: PyTree
+    loss: jax.Array
+    aux: PyTree
+
+
+class _Visit(NamedTuple):
+    index: jax.Array
+    back: jax.Array
+    starts: PyTree
+    block: Block
+    boundaries: Boundaries
+    sums: _Sums
+
+
+def _unless(back: jax.Array, decide: Decide | None) -> Decide | None:
+    """On the way back every boundary has been decided."""
+    if decide is None:
+        return None
+    return lambda step, hidden, boundaries: select(back, boundaries, decide(step, hidden, boundaries))
 
 
 def _forward_block(
@@ -151,20 +172,20 @@ def _forward_block(
     start: jax.Array,
     block: Block,
     boundaries: Boundaries,
-    decide: Decide | None = None,
-) -> tuple[Block, jax.Array, Boundaries]:
-    """Steps from `start` to the end of the block or window: the residuals, how many steps, the boundaries."""
+    decide: Decide | None,
+) -> tuple[Block, jax.Array, PyTree, Boundaries]:
+    """From `start` to the end of the block or window: residuals, number of steps, last state, boundaries."""
     size = num_time_steps(block.hiddens) - 1
 
     def chunk(carry: Any) -> Any:
         first, *_ = carry
-        projected = parts.project(_rows(inputs, start + first))
+        projected = parts.project(read_rows(inputs, start + first, CHUNK))
 
         def step(carry: Any) -> Any:
             index, hidden, block, boundaries = carry
-            inputs_t, projected_t = _row(inputs, start + index), _row(projected, index - first)
+            inputs_t, projected_t = read_row(inputs, start + index), read_row(projected, index - first)
             new_hidden, saved = parts.advance(hidden, inputs_t, projected_t)
-            block = Block(_write(block.hiddens, index, hidden), _write(block.saved, index, saved))
+            block = Block(write_row(block.hiddens, index, hidden), write_row(block.saved, index, saved))
             if decide is not None:
                 boundaries = decide(start + index, new_hidden, boundaries)
             return index + 1, new_hidden, block, boundaries
@@ -180,7 +201,8 @@ def _forward_block(
     num_steps, hidden, block, boundaries = jax.lax.while_loop(
         more, chunk, (jnp.int32(0), hidden, block, boundaries)
     )
-    return block._replace(hiddens=_write(block.hiddens, num_steps, hidden)), num_steps, boundaries
+    block = block._replace(hiddens=write_row(block.hiddens, num_steps, hidden))
+    return block, num_steps, hidden, boundaries
 
 
 def _backward_block(
@@ -188,43 +210,37 @@ def _backward_block(
     block: Block,
     inputs: PyTree,
     start: jax.Array,
-    size: int,
+    num_steps: jax.Array,
     boundaries: Boundaries,
-    cotangent: PyTree,
-    bars: PyTree,
-    loss: jax.Array,
-    aux: PyTree,
-) -> tuple[PyTree, PyTree, jax.Array, PyTree]:
-    """The block's share of gradient, loss and aux, chunk by chunk from the last to the first."""
-    num_steps = jnp.minimum(boundaries.stop - start, size)
+    sums: _Sums,
+) -> _Sums:
+    """Adds the share of the block's first `num_steps` steps, chunk by chunk from the last to the first."""
 
     def chunk(carry: Any) -> Any:
-        index, cotangent, bars, loss, aux = carry
+        index, (cotangent, bars, loss, aux) = carry
         first = index * CHUNK
         steps = Chunk(
-            before=_rows(block.hiddens, first),
-            after=_rows(block.hiddens, first + 1),
-            saved=_rows(block.saved, first),
-            inputs=_rows(inputs, start + first),
-            edges=_rows(boundaries.edges, start + first),
+            before=read_rows(block.hiddens, first, CHUNK),
+            after=read_rows(block.hiddens, first + 1, CHUNK),
+            saved=read_rows(block.saved, first, CHUNK),
+            inputs=read_rows(inputs, start + first, CHUNK),
+            edges=read_rows(boundaries.edges, start + first, CHUNK),
             num_active=jnp.minimum(num_steps - first, CHUNK),
         )
         bars, cotangent, chunk_loss, chunk_aux = parts.backward_chunk(bars, cotangent, steps)
         aux = jax.tree.map(
             lambda rows, new: jax.lax.dynamic_update_slice_in_dim(rows, new, start + first, 0), aux, chunk_aux
         )
-        return index - 1, cotangent, bars, loss + chunk_loss, aux
+        return index - 1, _Sums(cotangent, bars, loss + chunk_loss, aux)
 
     last = (num_steps + CHUNK - 1) // CHUNK - 1
-    carry = (last, cotangent, bars, loss, aux)
-    return jax.lax.while_loop(lambda carry: carry[0] >= 0, chunk, carry)[1:]
+    return jax.lax.while_loop(lambda carry: carry[0] >= 0, chunk, (last, sums))[1]
 
 
 def _whole_chunks(inputs: PyTree, boundaries: Boundaries) -> tuple[PyTree, Boundaries]:
     """Repeats the last step up to whole chunks (and blocks), because dynamic slices clamp silently."""
     look_ahead = num_time_steps(inputs)
-    unit = CHUNK if look_ahead <= BLOCK else BLOCK
-    missing = -look_ahead % unit
+    missing = -look_ahead % (CHUNK if look_ahead <= BLOCK else BLOCK)
     if not missing:
         return inputs, boundaries
 
@@ -236,8 +252,8 @@ def _whole_chunks(inputs: PyTree, boundaries: Boundaries) -> tuple[PyTree, Bound
 
 def _empty_block(parts: Parts, hidden: PyTree, inputs: PyTree, size: int) -> Block:
     def saved_by_a_step(hidden: PyTree, inputs: PyTree) -> PyTree:
-        projected = parts.project(_rows(inputs, jnp.int32(0)))
-        return parts.advance(hidden, _row(inputs, 0), _row(projected, 0))[1]
+        projected = parts.project(read_rows(inputs, 0, CHUNK))
+        return parts.advance(hidden, read_row(inputs, 0), read_row(projected, 0))[1]
 
     saved = jax.eval_shape(saved_by_a_step, hidden, inputs)
     return Block(
@@ -246,15 +262,10 @@ def _empty_block(parts: Parts, hidden: PyTree, inputs: PyTree, size: int) -> Blo
     )
 
 
-def _row(tree: PyTree, index: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), tree)
-
-
-def _rows(tree: PyTree, first: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, CHUNK, 0), tree)
-
-
-def _write(tree: PyTree, index: Any, row: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), tree, row
+def _zero_sums(parts: Parts, hidden: PyTree, num_rows: int) -> _Sums:
+    return _Sums(
+        cotangent=[jnp.zeros_like(leaf) for leaf in partition_inexact(hidden)[0]],
+        bars=parts.zero_bars(),
+        loss=jnp.zeros((), parts.loss_dtype),
+        aux=jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape), leaf.dtype), parts.aux),
     )

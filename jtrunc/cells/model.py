@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jtrunc.base import Params, PyTree, System
 from jtrunc.cells.cell import Cell, variance_scaled
 from jtrunc.checks import check_size
-from jtrunc.structure import Stack, Structure, transition_of
+from jtrunc.structure import Stack, Structure, add_bias, transition_of
 
 
 class Model(NamedTuple):
@@ -61,8 +61,7 @@ def model(cell: Cell, output_size: int, loss: Callable[[jax.Array, Any], Any]) -
         return Params(cell.init(cell_key, dtype), readout)
 
     def predict(params: Params, hidden: PyTree) -> jax.Array:
-        projected = cell.output(hidden) @ params.readout["kernel"]
-        return projected + jnp.expand_dims(params.readout["bias"], tuple(range(projected.ndim - 1)))
+        return add_bias(cell.output(hidden) @ params.readout["kernel"], params.readout["bias"])
 
     def system_loss(params: Params, hidden: PyTree, inputs: PyTree) -> tuple[jax.Array, PyTree]:
         value = loss(predict(params, hidden), inputs[1])
