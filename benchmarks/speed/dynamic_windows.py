@@ -145,7 +145,7 @@ def steps_of(program: Program) -> np.ndarray:
 
 
 def measure_compilation(case: Case, effort: Effort) -> list[dict[str, Any]]:
-    """Tracing, lowering and compilation of one update, anew each time, in a process that has traced before."""
+    """Tracing, lowering and compilation of one update, anew each time, in a process that has traced."""
     stream = stream_of(case)
     inputs = (stream.tokens[: case.look_ahead], stream.tokens[1 : case.look_ahead + 1])
     seconds = np.array([compile_once(stream, inputs, effort.clock) for _ in range(min(effort.rounds, 3))])
