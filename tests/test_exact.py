@@ -99,9 +99,8 @@ def test_bptt_is_the_plain_loop_and_jax_grad(cell, length):
 
 
 @pytest.mark.parametrize("checkpoint", ["sqrt", 1, 5, 17, 100])
-@pytest.mark.parametrize("cell", ["tanh", "lstm"])
-def test_checkpointing_changes_no_gradient(cell, checkpoint):
-    case, run = first(cell_case(cell), 17), prefix(run_of(cell), 17)
+def test_checkpointing_changes_no_gradient(checkpoint):
+    case, run = first(cell_case("lstm"), 17), prefix(run_of("lstm"), 17)
     result, state = estimate(jtrunc.bptt(case.system, checkpoint=checkpoint), case)
     assert_close(result.grads, reference.bptt(run))
     assert_close(state.hidden, run.states[-1])
@@ -121,11 +120,10 @@ def test_truncated_bptt_is_equation_9(cell, length):
     assert_close(state.hidden, run.states[-1])
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize("cell", CELLS)
 def test_windowed_bptt_is_equation_15(cell, length):
     """The window is full (K₁ + 1 = 7 inputs) or, at the start of a stream, shorter."""
-    length = min(length, 7)
     case, run = first(cell_case(cell), length), prefix(run_of(cell), length)
     result, state = estimate(jtrunc.windowed_bptt(case.system, 6, 3), case)
     assert_close(result.grads, reference.windowed_bptt(run, 6, 3))
@@ -203,6 +201,8 @@ def test_chunked_updates_carry_the_phase(chunks):
     np.testing.assert_allclose(sum(part.loss for part in estimates), run.losses.sum(), rtol=1e-12)
     assert sum(part.num_steps for part in estimates) == 17
     assert_close(state.hidden, run.states[-1])
+    _, (_, aux) = jtrunc.unroll(*case)
+    np.testing.assert_allclose(np.concatenate([part.aux.loss for part in estimates]), aux, rtol=1e-12)
     total = add(*(part.grads for part in estimates))
     aligned = chunks in ([17], [5, 5, 5, 2])
     whole = reference.truncated_bptt(run, 5)

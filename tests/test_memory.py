@@ -38,7 +38,9 @@ def temporary_bytes(make: Any, length: int, structured: bool = False) -> int:
         return estimate.loss, estimate.grads, state
 
     compiled = jax.jit(grads_only).lower(case.params, state, case.inputs).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 STRUCTURED = pytest.mark.parametrize("structured", [False, True], ids=["plain", "structured"])

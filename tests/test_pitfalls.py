@@ -121,6 +121,34 @@ def test_an_infinite_cotangent_is_cut_by_scan_too():
     assert not np.isfinite(jax.grad(loss)(case.params.recurrent, truncation.never()))
 
 
+@pytest.mark.parametrize("make", ["tail", "phase", "window", "segment"])
+def test_what_lies_beyond_the_last_step_cannot_poison_the_gradient(make, key):
+    """hₜ = θ xₜ hₜ₋₁, whose last real step reaches 1e200: another step, run on padding and masked, would
+    overflow to inf, and 0 · inf is nan. A window is padded to L, a segment to S, an online window to a chunk.
+    """
+    system = jtrunc.System(lambda theta, h, x: theta * x * h, lambda params, h, x: (jnp.log(h), ()))
+    inputs = jnp.ones(7).at[6].set(1e200)
+    case = Case(system, jtrunc.Params(jnp.float64(1.0)), jnp.float64(1.0), inputs)
+    expected = {"tail": 1 + 2 + 3 + 4 + 5 + 1 + 2, "phase": 1 + 2 + 3 + 1 + 2 + 3 + 4}
+    if make in ("tail", "phase"):
+        estimator = jtrunc.truncated_bptt(system, 5)
+        state = estimator.init(case.params, case.hidden)
+        if make == "phase":
+            _, state = estimator.update(case.params, state, jnp.ones(2))
+        estimate, _ = jax.jit(estimator.update)(case.params, state, inputs)
+        np.testing.assert_allclose(estimate.grads.recurrent, expected[make], rtol=1e-12)
+    elif make == "segment":
+        estimate = update(jtrunc.bptt(system, checkpoint=4), case)
+        np.testing.assert_allclose(estimate.grads.recurrent, 28, rtol=1e-12)
+    else:
+        longer = case._replace(inputs=jnp.concatenate([inputs, jnp.full(4, 1e200)]))
+        law = truncation.given(jnp.zeros(11).at[6].set(1), jnp.zeros(11))
+        estimate = update(jtrunc.online_artbp(system, law), longer, key)
+        assert estimate.num_steps == 7
+        np.testing.assert_allclose(estimate.grads.recurrent, 28, rtol=1e-12)
+        np.testing.assert_allclose(estimate.loss, np.log(1e200), rtol=1e-12)
+
+
 def test_a_nan_loss_is_not_hidden(key):
     """The `where` of a cut stops what comes from behind it, and nothing else: a bad step still shows."""
     case = systems.tanh(6)
@@ -142,9 +170,10 @@ def test_integer_and_key_leaves_are_carried_along(key):
     ]
     expected, _ = jtrunc.unroll(case.system, case.params, case.hidden, case.inputs)
     for estimator in makers:
-        state = estimator.init(case.params, case.hidden, key)
-        _, state = jax.jit(estimator.update)(case.params, state, case.inputs)
-        assert state.hidden.clock == 6 and state.hidden.clock.dtype == jnp.int32
+        _, state = jax.jit(estimator.update)(
+            case.params, estimator.init(case.params, case.hidden, key), case.inputs
+        )
+        assert int(state.hidden.clock) == 6 and state.hidden.clock.dtype == jnp.int32
         assert state.hidden.key == expected.key != case.hidden.key
 
 
@@ -282,6 +311,30 @@ def test_a_mean_over_devices_needs_varying_parameters(make, mesh):
     assert_close(shard_mean(case, estimator, mesh, True, hidden, inputs), mean)
     if make is jtrunc.bptt:
         assert differ(shard_mean(case, estimator, mesh, False, hidden, inputs), mean)
+
+
+@pytest.mark.parametrize("make", [jtrunc.artbp, jtrunc.online_artbp])
+def test_random_truncation_over_devices(make, mesh, keys):
+    """Eight devices, each with a key and a stream of its own, under the default checks of shard_map."""
+    case = systems.tanh(6)
+    estimator = make(case.system, truncation.constant(0.3))
+    inputs = case.inputs[None] * jnp.arange(1.0, 9.0)[:, None, None] / 8
+
+    def one(params, key, inputs):
+        state = estimator.init(params, case.hidden + 0 * inputs[0, 0], key)
+        return estimator.update(params, state, inputs)[0].grads
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
+    def mean_gradient(params, keys, inputs):
+        params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), params)
+        grads = one(params, keys[0], inputs[0])
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, "data"), grads)
+
+    alone = jax.jit(one)
+    singles = [alone(case.params, keys[i], inputs[i]) for i in range(8)]
+    mean = jax.tree.map(lambda g: g / 8, add(*singles))
+    assert_close(jax.jit(mean_gradient)(case.params, keys[:8], inputs), mean)
+    assert differ(singles[0], singles[1])
 
 
 def test_grads_go_straight_into_optax():
