@@ -82,11 +82,7 @@ def artbp(system: System, truncation: Truncation) -> GradientEstimator:
             result, walk, cuts = _cut_on_the_way(system, law, params, state, inputs, uniforms)
             hidden, aux = result.hidden[0], result.aux[0]
         else:
-            walk, (cuts, weights) = jax.lax.scan(
-                lambda walk, uniform: next_boundary(law, walk, None, uniform),
-                start_walk(state.elapsed),
-                uniforms,
-            )
+            walk, (cuts, weights) = all_boundaries(law, state.elapsed, uniforms)
             window = Window(entering_edges(weights))
             result = window_gradient(system, params, state.hidden, inputs, window)
             hidden, aux = result.hidden, result.aux
@@ -118,6 +114,17 @@ def next_boundary(
     cut = law.cut(boundary, c, uniform)
     elapsed = jnp.where(cut, 0, boundary.elapsed)
     return Walk(walk.index + 1, elapsed), (cut, edge_weight(cut, c))
+
+
+def all_boundaries(
+    law: Truncation, elapsed: jax.Array, uniforms: jax.Array
+) -> tuple[Walk, tuple[jax.Array, jax.Array]]:
+    """Every boundary of a law that does not read the hidden state: ``(walk, (cuts, weights))``, (T,) each."""
+
+    def step(walk: Walk, uniform: jax.Array) -> tuple[Walk, tuple[jax.Array, jax.Array]]:
+        return next_boundary(law, walk, None, uniform)
+
+    return jax.lax.scan(step, start_walk(elapsed), uniforms)
 
 
 def draw_uniforms(law: Truncation, key: Any, num_steps: int) -> tuple[Any, jax.Array]:

@@ -16,7 +16,7 @@ from jtrunc.backward.two_phase import (
     two_phase_pays,
     weight_cotangents,
 )
-from jtrunc.backward.window import CHUNK, Chunk, Parts
+from jtrunc.backward.window import Chunk, Parts
 from jtrunc.base import Params, PyTree, System
 from jtrunc.structure import Structure
 from jtrunc.trees import (
@@ -30,6 +30,9 @@ from jtrunc.trees import (
     wide_dtype,
     write_row,
 )
+
+LIGHT_STEP, LIGHT_CHUNK, CHUNK = 1 << 13, 32, 16
+"""Steps in a chunk: longer where a step has so few multiplications that the loops cost more than they."""
 
 
 def window_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
@@ -46,6 +49,11 @@ def _loss_shapes(system: System, params: Params, hidden: PyTree, inputs: PyTree)
 
     value, aux = jax.eval_shape(first_loss, hidden, inputs)
     return wide_dtype(value), aux
+
+
+def _rows_of(hidden: PyTree) -> int:
+    leaf = max(jax.tree.leaves(hidden), key=lambda leaf: leaf.size)
+    return leaf.size // leaf.shape[-1] if leaf.ndim else 1
 
 
 def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
@@ -72,11 +80,13 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
             aux = write_row(aux, index, aux_t)
             return index - 1, add_into(bars, params_bar), cotangent, loss + value.astype(loss_dtype), aux
 
-        aux = jax.tree.map(lambda leaf: jnp.zeros((CHUNK, *leaf.shape), leaf.dtype), aux_shapes)
+        num_rows = chunk.edges.shape[0]
+        aux = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape), leaf.dtype), aux_shapes)
         carry = (chunk.num_active - 1, bars, cotangent, jnp.zeros((), loss_dtype), aux)
         return jax.lax.while_loop(lambda carry: carry[0] >= 0, step, carry)[1:]
 
     return Parts(
+        chunk=CHUNK,
         project=lambda rows: (),
         advance=advance,
         zero_bars=lambda: accumulator(params),
@@ -99,7 +109,7 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
         return forward_step(structure, layout, weights, hidden, inputs_t, projected_t)
 
     def score(params: Params, after: PyTree, chunk: Chunk) -> tuple[jax.Array, PyTree]:
-        active = jnp.arange(CHUNK) < chunk.num_active
+        active = jnp.arange(parts.chunk) < chunk.num_active
         values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, chunk.inputs)
         aux = jax.vmap(lambda on, row: select(on, row, jax.tree.map(jnp.zeros_like, row)))(active, aux)
         return jnp.sum(jnp.where(active, values, 0), dtype=loss_dtype), aux
@@ -125,7 +135,7 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
 
     def backward_chunk(bars: Any, cotangent: PyTree, chunk: Chunk) -> Any:
         params_bar, weights_bar = bars
-        active = jnp.arange(CHUNK) < chunk.num_active
+        active = jnp.arange(parts.chunk) < chunk.num_active
         # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
         last = read_row(chunk.after, chunk.num_active - 1)
         after = jax.vmap(lambda on, row: select(on, row, last))(active, chunk.after)
@@ -143,7 +153,9 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
         recurrent = add_into(params_bar.recurrent, theta_bar)
         return cast_like(params_bar._replace(recurrent=recurrent), params)
 
+    work = sum(kernel.size for kernel in weights.hidden) * _rows_of(hidden)
     parts = Parts(
+        chunk=LIGHT_CHUNK if work < LIGHT_STEP else CHUNK,
         project=lambda rows: project_inputs(structure, layout, weights, rows),
         advance=advance,
         zero_bars=lambda: (accumulator(params), accumulator(weights)),

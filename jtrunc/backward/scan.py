@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jtrunc.backward.artbp import draw_uniforms, next_boundary, start_walk
-from jtrunc.backward.truncation import Truncation, check_law
+from jtrunc.backward.artbp import all_boundaries, draw_uniforms, next_boundary, start_walk
+from jtrunc.backward.truncation import Truncation, check_law, entering_edges
 from jtrunc.backward.unroll import weighted_edge
 from jtrunc.base import PyTree
 from jtrunc.checks import check_inputs, check_key, check_same_state, check_size
@@ -67,20 +67,42 @@ def scan(
         raise ValueError(f"scan: `length` is {length}, but `xs` has {num_steps} steps")
     check_law("scan", law, num_steps)
     _, uniforms = draw_uniforms(law, key, num_steps)
-    if reverse:
-        uniforms = uniforms[::-1]
+    weighted = _cut_on_the_way if law.reads_hidden else _cut_before
+    init = strongly_typed(init)
+    return weighted(f, init, xs, law, uniforms, dict(length=num_steps, reverse=reverse, unroll=unroll))
 
+
+def _checked(f: Any, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+    new_carry, y = f(carry, x)
+    new_carry = strongly_typed(new_carry)
+    check_same_state("scan: `f`", carry, new_carry)
+    return new_carry, y
+
+
+def _cut_before(
+    f: Any, init: PyTree, xs: PyTree, law: Truncation, uniforms: jax.Array, options: dict[str, Any]
+) -> tuple[PyTree, PyTree]:
+    _, (_, weights) = all_boundaries(law, jnp.int32(0), uniforms)
+    edges = entering_edges(weights)
+
+    def step(carry: PyTree, step_xs: Any) -> tuple[PyTree, PyTree]:
+        edge, x = step_xs
+        return _checked(f, weighted_edge(edge, carry), x)
+
+    return jax.lax.scan(step, init, (edges[::-1] if options["reverse"] else edges, xs), **options)
+
+
+def _cut_on_the_way(
+    f: Any, init: PyTree, xs: PyTree, law: Truncation, uniforms: jax.Array, options: dict[str, Any]
+) -> tuple[PyTree, PyTree]:
     def step(carried: Any, step_xs: Any) -> tuple[Any, PyTree]:
         carry, walk, weight = carried
-        x, uniform = step_xs
-        new_carry, y = f(weighted_edge(weight, carry), x)
-        new_carry = strongly_typed(new_carry)
-        check_same_state("scan: `f`", carry, new_carry)
-        walk, (_, weight) = next_boundary(law, walk, jax.lax.stop_gradient(new_carry), uniform)
-        return (new_carry, walk, jax.lax.stop_gradient(weight)), y
+        uniform, x = step_xs
+        carry, y = _checked(f, weighted_edge(weight, carry), x)
+        walk, (_, weight) = next_boundary(law, walk, jax.lax.stop_gradient(carry), uniform)
+        return (carry, walk, jax.lax.stop_gradient(weight)), y
 
-    start = (strongly_typed(init), start_walk(jnp.int32(0)), jnp.ones((), dtype=float))
-    (carry, _, _), ys = jax.lax.scan(
-        step, start, (xs, uniforms), length=num_steps, reverse=reverse, unroll=unroll
-    )
+    start = (init, start_walk(jnp.int32(0)), jnp.ones((), dtype=float))
+    uniforms = uniforms[::-1] if options["reverse"] else uniforms
+    (carry, _, _), ys = jax.lax.scan(step, start, (uniforms, xs), **options)
     return carry, ys

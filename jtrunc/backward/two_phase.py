@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import PyTree
-from jtrunc.structure import Affine, Stack, Structure, add_bias, project
+from jtrunc.structure import Stack, Structure, add_bias, project
 from jtrunc.trees import cotangent_tree, is_inexact, partition_inexact, weighted_cotangent
 
 Named = dict[str, jax.Array]
 
 ROWS_PER_WIDTH = 4
 """The two-phase pass is taken while rows × this ≤ width (measured: `benchmarks/speed`)."""
+
+ROWS_TO_PROJECT_INSIDE = 32
+"""From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
+projections no longer fits the caches."""
 
 
 class Layout(NamedTuple):
@@ -34,12 +38,14 @@ class Layout(NamedTuple):
       widths: ``((name, outputs), ...)`` in the order of the fused arrays: maps of inputs alone, of both,
         of the hidden state alone, so that the columns of each product are contiguous.
       num_input_only: how many of the names read inputs alone.
+      project_first: whether inputs are projected for all steps before the scan, or inside it.
     """
 
     hidden_groups: tuple[tuple[str, ...], ...]
     input_groups: tuple[tuple[str, ...], ...]
     widths: tuple[tuple[str, int], ...]
     num_input_only: int
+    project_first: bool = True
 
     def split(self, array: jax.Array, names: tuple[str, ...]) -> Named:
         """The columns of a fused array of these maps, by name."""
@@ -49,25 +55,30 @@ class Layout(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All maps, in the order of the fused arrays."""
         return tuple(name for name, _ in self.widths)
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """The maps whose preactivations the forward pass must save: those that read the hidden state."""
-        return self.names[self.num_input_only :]
+        """The maps whose preactivations the forward pass must save: those not known before the scan."""
+        return self.names[self.num_input_only :] if self.project_first else self.names
 
 
 class Weights(NamedTuple):
-    """Fused kernels and biases, one ``(kernel, bias or None)`` a group, and the elementwise parameters."""
+    """One fused kernel for each group of the layout, the biases by name, and the elementwise parameters."""
 
-    hidden: tuple[tuple[jax.Array, jax.Array | None], ...]
-    input: tuple[tuple[jax.Array, jax.Array | None], ...]
+    hidden: tuple[jax.Array, ...]
+    input: tuple[jax.Array, ...]
+    biases: Named
     elementwise: PyTree
 
 
 def layout_of(structure: Structure, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Layout:
     """Reads off, from the shapes of one step, which maps share features and in which order they lie."""
     affine = jax.eval_shape(structure.affine, theta)
+    for name, weights in affine.items():
+        if weights.hidden_kernel is None and weights.input_kernel is None:
+            raise ValueError(f"structure: map {name!r} has no kernel; give it one, or make it elementwise")
 
     def kind(name: str) -> int:
         return 1 + (affine[name].hidden_kernel is not None) - (affine[name].input_kernel is not None)
@@ -76,8 +87,10 @@ def layout_of(structure: Structure, theta: PyTree, hidden: PyTree, inputs: PyTre
     groups: list[tuple[tuple[str, ...], ...]] = []
 
     def record(hidden: PyTree, inputs: PyTree) -> None:
-        groups.append(_sharing(structure.hidden_features(hidden, inputs), names))
-        groups.append(_sharing(structure.input_features(inputs), names))
+        reads_hidden = [name for name in names if affine[name].hidden_kernel is not None]
+        reads_inputs = [name for name in names if affine[name].input_kernel is not None]
+        groups.append(_sharing(structure.hidden_features(hidden, inputs), reads_hidden))
+        groups.append(_sharing(structure.input_features(inputs), reads_inputs))
 
     jax.eval_shape(record, hidden, inputs)
     widths = tuple((name, next(w.shape[-1] for w in affine[name] if w is not None)) for name in names)
@@ -87,56 +100,38 @@ def layout_of(structure: Structure, theta: PyTree, hidden: PyTree, inputs: PyTre
 def _sharing(features: Named, names: list[str]) -> tuple[tuple[str, ...], ...]:
     groups: dict[int, list[str]] = {}
     for name in names:
-        if name in features:
-            groups.setdefault(id(features[name]), []).append(name)
+        groups.setdefault(id(features[name]), []).append(name)
     return tuple(tuple(group) for group in groups.values())
 
 
 def fuse(structure: Structure, layout: Layout, theta: PyTree) -> Weights:
-    """θ as the fused weights of `layout`; a bias goes with the input kernel where there is one."""
+    """θ as the fused weights of `layout`."""
     affine = structure.affine(theta)
 
-    def group_weights(group: tuple[str, ...], side: str) -> tuple[jax.Array, jax.Array | None]:
-        maps = [affine[name] for name in group]
-        kernel = jnp.concatenate([getattr(weights, side) for weights in maps], axis=-1)
-        biases = [_bias_on(weights, side) for weights in maps]
-        if all(bias is None for bias in biases):
-            return kernel, None
-        filled = [
-            jnp.zeros_like(weights.hidden_kernel[0]) if bias is None else bias  # pyright: ignore
-            for weights, bias in zip(maps, biases, strict=True)
-        ]
-        return kernel, jnp.concatenate(filled)
+    def kernel(group: tuple[str, ...], side: str) -> jax.Array:
+        return jnp.concatenate([getattr(affine[name], side) for name in group], axis=-1)
 
     return Weights(
-        hidden=tuple(group_weights(group, "hidden_kernel") for group in layout.hidden_groups),
-        input=tuple(group_weights(group, "input_kernel") for group in layout.input_groups),
+        hidden=tuple(kernel(group, "hidden_kernel") for group in layout.hidden_groups),
+        input=tuple(kernel(group, "input_kernel") for group in layout.input_groups),
+        biases={name: bias for name in layout.names if (bias := affine[name].bias) is not None},
         elementwise=structure.elementwise(theta),
     )
 
 
-def _bias_on(weights: Affine, side: str) -> jax.Array | None:
-    belongs = "hidden_kernel" if weights.input_kernel is None else "input_kernel"
-    return weights.bias if side == belongs else None
-
-
 def _products(
-    layout: Layout,
-    groups: tuple[tuple[str, ...], ...],
-    weights: tuple[tuple[jax.Array, jax.Array | None], ...],
-    features: Named,
+    layout: Layout, groups: tuple[tuple[str, ...], ...], kernels: tuple[jax.Array, ...], features: Named
 ) -> Named:
-    """``a W + b`` of every map in these groups, one product a group."""
+    """``a W`` of every map in these groups, one product a group."""
     values: Named = {}
-    for group, (kernel, bias) in zip(groups, weights, strict=True):
-        values |= layout.split(add_bias(project(features[group[0]], kernel), bias), group)
+    for group, kernel in zip(groups, kernels, strict=True):
+        values |= layout.split(project(features[group[0]], kernel), group)
     return values
 
 
 def project_inputs(structure: Structure, layout: Layout, weights: Weights, inputs: PyTree) -> Named:
-    """What the maps add from the inputs alone, for all steps at once: ``a′(x) W′ + b``, (T, ..., outputs)."""
-    features = jax.vmap(structure.input_features)(inputs)
-    return _products(layout, layout.input_groups, weights.input, features)
+    """What the maps add from the inputs alone, for all steps at once: ``a′(x) W′``, (T, ..., outputs)."""
+    return _products(layout, layout.input_groups, weights.input, jax.vmap(structure.input_features)(inputs))
 
 
 def project_hidden(
@@ -150,10 +145,14 @@ def forward_step(
     structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree, projected: Named
 ) -> tuple[PyTree, jax.Array]:
     """One transition from projected inputs: hₜ, and the preactivations to save, fused."""
-    from_hidden = project_hidden(structure, layout, weights, hidden, inputs)
-    preactivations = dict(projected)
-    for name, value in from_hidden.items():
-        preactivations[name] = value + projected[name] if name in projected else value
+    if not layout.project_first:
+        features = structure.input_features(inputs)
+        projected = _products(layout, layout.input_groups, weights.input, features)
+    values = project_hidden(structure, layout, weights, hidden, inputs)
+    preactivations = {}
+    for name in layout.names:
+        terms = [side[name] for side in (values, projected) if name in side]
+        preactivations[name] = add_bias(sum(terms[1:], terms[0]), weights.biases.get(name))
     new_hidden = structure.combine(weights.elementwise, hidden, inputs, preactivations)
     return new_hidden, jnp.concatenate([preactivations[name] for name in layout.saved], axis=-1)
 
@@ -180,8 +179,9 @@ def backward_step(
     """From the cotangent of hₜ to those of everything that step t read, except the weights of its maps."""
     input_leaves, restore = partition_inexact(inputs)
     preactivations = layout.split(saved, layout.saved)
-    for name in layout.names[: layout.num_input_only]:
-        preactivations[name] = projected[name]
+    for name in layout.names:
+        if name not in preactivations:
+            preactivations[name] = add_bias(projected[name], weights.biases.get(name))
 
     def combine(
         elementwise: PyTree, hidden: PyTree, leaves: list[jax.Array], preactivations: Named
@@ -193,7 +193,7 @@ def backward_step(
     _, pull_products = jax.vjp(
         lambda hidden: project_hidden(structure, layout, weights, hidden, inputs), hidden
     )
-    (through_products,) = pull_products({name: deltas[name] for name in layout.saved})
+    (through_products,) = pull_products({name: deltas[name] for name in _members(layout.hidden_groups)})
     hidden_bar = jax.tree.map(jnp.add, hidden_bar, through_products)
     delta = jnp.concatenate([deltas[name] for name in layout.names], axis=-1)
     return StepCotangents(delta, hidden_bar, elementwise_bar, inputs_bar)
@@ -226,9 +226,10 @@ def weight_cotangents(
     _, pull_input = jax.vjp(input_products, weights.input, input_leaves)
     input_bar, inputs_bar = pull_input({name: by_name[name] for name in _members(layout.input_groups)})
     _, pull_hidden = jax.vjp(hidden_products, weights.hidden)
-    (hidden_bar,) = pull_hidden({name: by_name[name] for name in layout.saved})
+    (hidden_bar,) = pull_hidden({name: by_name[name] for name in _members(layout.hidden_groups)})
+    biases_bar = {name: jnp.sum(by_name[name], axis=tuple(range(deltas.ndim - 1))) for name in weights.biases}
     no_elementwise = jax.tree.map(jnp.zeros_like, weights.elementwise)
-    return Weights(hidden_bar, input_bar, no_elementwise), inputs_bar
+    return Weights(hidden_bar, input_bar, biases_bar, no_elementwise), inputs_bar
 
 
 def _members(groups: tuple[tuple[str, ...], ...]) -> list[str]:
@@ -246,13 +247,19 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     layer = structure
     if isinstance(structure, Stack):
         layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
-    inputs_t = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
-    features = jax.eval_shape(layer.hidden_features, hidden, inputs_t)
-    if not features:
-        return False
-    widest = max(features.values(), key=lambda feature: feature.shape[-1])
-    rows = widest.size // widest.shape[-1]
-    return rows * ROWS_PER_WIDTH <= widest.shape[-1] or rows == 1
+    rows, width = _num_rows(layer, hidden, inputs)
+    return width > 0 and (rows == 1 or rows * ROWS_PER_WIDTH <= width)
+
+
+def _num_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> tuple[int, int]:
+    """Rows and width of the widest hidden features; width 0 where there are none."""
+    features = jax.eval_shape(structure.hidden_features, hidden, _first_step(inputs))
+    widest = max(features.values(), key=lambda feature: feature.shape[-1], default=None)
+    return (0, 0) if widest is None else (widest.size // widest.shape[-1], widest.shape[-1])
+
+
+def _first_step(inputs: PyTree) -> PyTree:
+    return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
 
 
 def structured_hiddens(
@@ -280,7 +287,9 @@ def _layer_hiddens(
     inputs: PyTree,
     edges: jax.Array | None,
 ) -> PyTree:
-    layout = layout_of(structure, theta, hidden, jax.tree.map(lambda leaf: leaf[0], inputs))
+    layout = layout_of(structure, theta, hidden, _first_step(inputs))
+    if _num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
+        layout = layout._replace(project_first=False)
     weights = fuse(structure, layout, theta)
     return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)
 
@@ -307,7 +316,7 @@ def _scan_forward(
     inputs: PyTree,
     edges: jax.Array | None,
 ) -> tuple[PyTree, Any]:
-    projected = project_inputs(structure, layout, weights, inputs)
+    projected = project_inputs(structure, layout, weights, inputs) if layout.project_first else {}
 
     def step(hidden: PyTree, xs: Any) -> tuple[PyTree, Any]:
         inputs_t, projected_t = xs
@@ -315,7 +324,7 @@ def _scan_forward(
         return hidden, (hidden, saved)
 
     _, (hiddens, saved) = jax.lax.scan(step, hidden, (inputs, projected))
-    input_only = {name: projected[name] for name in layout.names[: layout.num_input_only]}
+    input_only = {name: projected[name] for name in layout.names if name not in layout.saved}
     return hiddens, (weights, hidden, inputs, edges, hiddens, saved, input_only)
 
 

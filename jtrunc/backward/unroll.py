@@ -82,12 +82,14 @@ class Window(NamedTuple):
     Attributes:
       edges: (T,) weights w of the edge that enters each step, or None for 1.
       num_scored: static number of last steps whose losses count (v = 1), or None for all.
+      unreached: static number of first steps that the gradient does not reach.
       segment: static number of steps between stored hidden states; None stores every step's residuals.
       mark: static number of steps after which the hidden state is reported, or None for all.
     """
 
     edges: jax.Array | None = None
     num_scored: int | None = None
+    unreached: int = 0
     segment: int | None = None
     mark: int | None = None
 
@@ -105,12 +107,13 @@ def weighted_unroll(
     length = num_time_steps(inputs)
     first_scored = 0 if window.num_scored is None else length - window.num_scored
     mark = length if window.mark is None else window.mark
-    stops = sorted({stop for stop in (first_scored, mark, length) if stop > 0})
+    stops = sorted({stop for stop in (window.unreached, first_scored, mark, length) if stop > 0})
     marked, scored, start = hidden, [], 0
     for stop in stops:
         steps, edges = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], (inputs, window.edges))
         runs = system if start >= first_scored else _without_loss(system)
-        hidden, out = _segmented(runs, params, hidden, steps, edges, window.segment)
+        reached = params if start >= window.unreached else jax.lax.stop_gradient(params)
+        hidden, out = _segmented(runs, reached, hidden, steps, edges, window.segment)
         marked = hidden if stop == mark else marked
         scored += [out] if start >= first_scored else []
         start = stop

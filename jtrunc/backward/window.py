@@ -21,22 +21,19 @@ import jax.numpy as jnp
 from jtrunc.base import Params, PyTree
 from jtrunc.trees import num_time_steps, partition_inexact, read_row, read_rows, select, write_row
 
-CHUNK = 16
-"""Steps in one static matrix product of the backward pass; a window wastes half a chunk on average."""
-
 BLOCK = 128
-"""Steps whose residuals are stored; a longer window recomputes its earlier blocks. A multiple of CHUNK."""
+"""Steps whose residuals are stored; a longer window recomputes its earlier blocks."""
 
 
 class Chunk(NamedTuple):
-    """CHUNK consecutive steps as the backward pass reads them, of which the first `num_active` are real.
+    """Consecutive steps as the backward pass reads them, of which the first `num_active` are real.
 
     Attributes:
-      before, after: hₜ₋₁ and hₜ, (CHUNK, ...); rows that are not active are stale.
+      before, after: hₜ₋₁ and hₜ, (chunk, ...); rows that are not active are stale.
       saved: what `Parts.advance` saved.
       inputs: of each step.
-      edges: (CHUNK,), the weight of the edge that enters each step.
-      num_active: int32, 1 … CHUNK.
+      edges: (chunk,), the weight of the edge that enters each step.
+      num_active: int32, 1 … chunk.
     """
 
     before: PyTree
@@ -51,7 +48,8 @@ class Parts(NamedTuple):
     """What the loops need to know of a system: see `jtrunc.backward.parts`.
 
     Attributes:
-      project: ``inputs of a chunk -> projected``, what does not depend on the hidden state, (CHUNK, ...).
+      chunk: steps in one static product of the way back, a divisor of BLOCK; a window wastes half a chunk.
+      project: ``inputs of a chunk -> projected``, what does not depend on the hidden state, (chunk, ...).
       advance: ``(hidden, inputs_t, projected_t) -> (hidden, saved)``, one transition.
       zero_bars: ``() -> bars``, accumulators of the gradient.
       backward_chunk: ``(bars, cotangent, Chunk) -> (bars, cotangent, loss, aux)``; `cotangent` is a list,
@@ -61,6 +59,7 @@ class Parts(NamedTuple):
       aux: shapes and dtypes of one step's aux.
     """
 
+    chunk: int
     project: Callable[[PyTree], PyTree]
     advance: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
     zero_bars: Callable[[], PyTree]
@@ -110,7 +109,7 @@ def dynamic_window(
 ) -> DynamicWindow:
     """Runs and differentiates the steps of `inputs`, leaves (N, ...), up to ``boundaries.stop``."""
     look_ahead = num_time_steps(inputs)
-    inputs, boundaries = _whole_chunks(inputs, boundaries)
+    inputs, boundaries = _whole_chunks(inputs, boundaries, parts.chunk)
     size = min(BLOCK, num_time_steps(inputs))
     num_blocks = -(-look_ahead // size)
 
@@ -179,7 +178,7 @@ def _forward_block(
 
     def chunk(carry: Any) -> Any:
         first, *_ = carry
-        projected = parts.project(read_rows(inputs, start + first, CHUNK))
+        projected = parts.project(read_rows(inputs, start + first, parts.chunk))
 
         def step(carry: Any) -> Any:
             index, hidden, block, boundaries = carry
@@ -191,7 +190,7 @@ def _forward_block(
             return index + 1, new_hidden, block, boundaries
 
         def inside(carry: Any) -> jax.Array:
-            return (carry[0] < first + CHUNK) & (start + carry[0] < carry[3].stop)
+            return (carry[0] < first + parts.chunk) & (start + carry[0] < carry[3].stop)
 
         return jax.lax.while_loop(inside, step, carry)
 
@@ -218,14 +217,14 @@ def _backward_block(
 
     def chunk(carry: Any) -> Any:
         index, (cotangent, bars, loss, aux) = carry
-        first = index * CHUNK
+        first = index * parts.chunk
         steps = Chunk(
-            before=read_rows(block.hiddens, first, CHUNK),
-            after=read_rows(block.hiddens, first + 1, CHUNK),
-            saved=read_rows(block.saved, first, CHUNK),
-            inputs=read_rows(inputs, start + first, CHUNK),
-            edges=read_rows(boundaries.edges, start + first, CHUNK),
-            num_active=jnp.minimum(num_steps - first, CHUNK),
+            before=read_rows(block.hiddens, first, parts.chunk),
+            after=read_rows(block.hiddens, first + 1, parts.chunk),
+            saved=read_rows(block.saved, first, parts.chunk),
+            inputs=read_rows(inputs, start + first, parts.chunk),
+            edges=read_rows(boundaries.edges, start + first, parts.chunk),
+            num_active=jnp.minimum(num_steps - first, parts.chunk),
         )
         bars, cotangent, chunk_loss, chunk_aux = parts.backward_chunk(bars, cotangent, steps)
         aux = jax.tree.map(
@@ -233,14 +232,14 @@ def _backward_block(
         )
         return index - 1, _Sums(cotangent, bars, loss + chunk_loss, aux)
 
-    last = (num_steps + CHUNK - 1) // CHUNK - 1
+    last = (num_steps + parts.chunk - 1) // parts.chunk - 1
     return jax.lax.while_loop(lambda carry: carry[0] >= 0, chunk, (last, sums))[1]
 
 
-def _whole_chunks(inputs: PyTree, boundaries: Boundaries) -> tuple[PyTree, Boundaries]:
+def _whole_chunks(inputs: PyTree, boundaries: Boundaries, chunk: int) -> tuple[PyTree, Boundaries]:
     """Repeats the last step up to whole chunks (and blocks), because dynamic slices clamp silently."""
     look_ahead = num_time_steps(inputs)
-    missing = -look_ahead % (CHUNK if look_ahead <= BLOCK else BLOCK)
+    missing = -look_ahead % (chunk if look_ahead <= BLOCK else BLOCK)
     if not missing:
         return inputs, boundaries
 
@@ -252,7 +251,7 @@ def _whole_chunks(inputs: PyTree, boundaries: Boundaries) -> tuple[PyTree, Bound
 
 def _empty_block(parts: Parts, hidden: PyTree, inputs: PyTree, size: int) -> Block:
     def saved_by_a_step(hidden: PyTree, inputs: PyTree) -> PyTree:
-        projected = parts.project(read_rows(inputs, 0, CHUNK))
+        projected = parts.project(read_rows(inputs, 0, parts.chunk))
         return parts.advance(hidden, read_row(inputs, 0), read_row(projected, 0))[1]
 
     saved = jax.eval_shape(saved_by_a_step, hidden, inputs)

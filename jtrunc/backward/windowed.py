@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.backward.bptt import BpttState
@@ -40,8 +39,7 @@ def windowed_bptt(
 
     Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ: the last loss of three alone, over all of its lags.
 
-      >>> import jax.numpy as jnp
-      >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
+      >>>       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
       >>> params = Params(jnp.float32(0.5))
       >>> estimator = windowed_bptt(system, backward_steps=2, loss_steps=1)
       >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), jnp.ones(3))
@@ -65,9 +63,8 @@ def windowed_bptt(
     def update(params: Params, state: BpttState, inputs: PyTree) -> tuple[Estimate, BpttState]:
         length = check_step(system, params, state.hidden, inputs)
         num_scored = min(loss_steps, length)
-        unreached = length - (backward_steps + 1)
-        edges = (jnp.arange(length) != unreached).astype(float) if unreached > 0 else None
-        window = Window(edges, num_scored=num_scored, mark=num_scored)
+        unreached = max(0, length - (backward_steps + 1))
+        window = Window(num_scored=num_scored, unreached=unreached, mark=num_scored)
         result = window_gradient(system, params, state.hidden, inputs, window)
         grads = result.grads
         if average:

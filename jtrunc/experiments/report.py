@@ -33,11 +33,11 @@ def fresh_folder(path: Path) -> Path:
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned text: numbers to four significant digits and right-aligned, words left-aligned.
 
-      >>> print(table(["run", "loss"], [["a", 1.0], ["bc", 12345.678]]))
-      run       loss
-      --------------
-      a            1
-      bc   1.235e+04
+    >>> print(table(["run", "loss"], [["a", 1.0], ["bc", 12345.678]]))
+    run       loss
+    --------------
+    a            1
+    bc   1.235e+04
     """
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
