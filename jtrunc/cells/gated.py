@@ -64,8 +64,9 @@ def gru(input_size: int, width: int) -> Cell:
         n = tanh(xₜ U_n + b_n + r · (hₜ₋₁ W_n + b′_n))
         hₜ = (1 − z) n + z hₜ₋₁
 
-    θ = {"hidden_kernel": (width, 3·width), "input_kernel": (input_size, 3·width), "bias": (3·width,),
-    "candidate_bias": (width,)}, columns in the order r, z, n; hidden (..., width).
+    θ = {"gates": {"hidden_kernel": (width, 2·width), "input_kernel": (input_size, 2·width), "bias"},
+    "candidate": {"hidden_kernel": (width, width), "input_kernel": (input_size, width), "bias", "hidden_bias"}},
+    gates in the order r, z; the hidden state is (..., width).
 
     Raises:
       TypeError, ValueError: a size that is not a positive integer.
@@ -73,18 +74,21 @@ def gru(input_size: int, width: int) -> Cell:
     check_sizes("gru", input_size, width)
 
     def init(key: jax.Array, dtype: Any = jnp.float32) -> PyTree:
-        biases = {"bias": jnp.zeros(3 * width, dtype), "candidate_bias": jnp.zeros(width, dtype)}
-        return _gate_kernels(key, input_size, width, 3, dtype) | biases
+        gates_key, candidate_key = jax.random.split(key)
+        gates = _gate_kernels(gates_key, input_size, width, 2, dtype)
+        candidate = _gate_kernels(candidate_key, input_size, width, 1, dtype)
+        zeros = jnp.zeros(width, dtype)
+        return {
+            "gates": gates | {"bias": jnp.zeros(2 * width, dtype)},
+            "candidate": candidate | {"bias": zeros, "hidden_bias": zeros},
+        }
 
     def affine(theta: PyTree) -> dict[str, Affine]:
-        gates = slice(None, 2 * width)
-        candidate = slice(2 * width, None)
+        gates, candidate = theta["gates"], theta["candidate"]
         return {
-            "gates": Affine(
-                theta["hidden_kernel"][:, gates], theta["input_kernel"][:, gates], theta["bias"][gates]
-            ),
-            "candidate_hidden": Affine(theta["hidden_kernel"][:, candidate], None, theta["candidate_bias"]),
-            "candidate_input": Affine(None, theta["input_kernel"][:, candidate], theta["bias"][candidate]),
+            "gates": Affine(gates["hidden_kernel"], gates["input_kernel"], gates["bias"]),
+            "candidate_hidden": Affine(candidate["hidden_kernel"], None, candidate["hidden_bias"]),
+            "candidate_input": Affine(None, candidate["input_kernel"], candidate["bias"]),
         }
 
     def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
