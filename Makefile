@@ -35,10 +35,10 @@ lint: $(READY)
 	@$(BIN)/pyright
 
 test: lint
-	@JTRUNC_SMALL=1 $(BIN)/python -m pytest -n $(WORKERS) --nbmake tests jtrunc $(wildcard notebooks/*.ipynb)
+	@$(BIN)/python -m pytest -n $(WORKERS) tests jtrunc
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests jtrunc
 
 benchmark: $(READY)
-	@for script in benchmarks/speed/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python benchmarks/speed/run_all.py

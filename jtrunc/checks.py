@@ -114,25 +114,25 @@ def check_step(system: System, params: Params, hidden: PyTree, inputs: PyTree) -
     return length
 
 
-def check_same_state(what: str, before: PyTree, after: PyTree) -> None:
+def check_same_state(what: str, before: PyTree, after: PyTree, name: str = "hidden") -> None:
     """The hidden state keeps structure, shapes and dtypes, or an error shows the first difference."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise TypeError(
-            f"{what} changes the structure of `hidden` from {jax.tree.structure(before)} to "
+            f"{what} changes the structure of `{name}` from {jax.tree.structure(before)} to "
             f"{jax.tree.structure(after)}; return the structure that came in"
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
     for (path, old), new in pairs:
-        name = f"hidden{jax.tree_util.keystr(path)}"
+        leaf = f"{name}{jax.tree_util.keystr(path)}"
         if old.shape != new.shape:
             raise ValueError(
-                f"{what} changes the shape of `{name}` from {old.shape} to {new.shape}; "
+                f"{what} changes the shape of `{leaf}` from {old.shape} to {new.shape}; "
                 "return the shape that came in (a broadcast against `inputs` is the usual cause)"
             )
         if old.dtype != new.dtype:
             raise TypeError(
-                f"{what} changes the dtype of `{name}` from {old.dtype} to {new.dtype}; "
-                f"cast the initial hidden state or the result, e.g. with .astype({old.dtype})"
+                f"{what} changes the dtype of `{leaf}` from {old.dtype} to {new.dtype}; "
+                f"cast the initial value or the result, e.g. with .astype({old.dtype})"
             )
 
 

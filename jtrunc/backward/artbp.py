@@ -12,6 +12,7 @@ from jtrunc.backward.truncation import Boundary, Truncation, check_law, edge_wei
 from jtrunc.backward.unroll import Window, weighted_edge, window_gradient
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_step, check_system
+from jtrunc.devices import anchor, vary
 from jtrunc.trees import strongly_typed
 
 
@@ -124,7 +125,7 @@ def all_boundaries(
     def step(walk: Walk, uniform: jax.Array) -> tuple[Walk, tuple[jax.Array, jax.Array]]:
         return next_boundary(law, walk, None, uniform)
 
-    return jax.lax.scan(step, start_walk(elapsed), uniforms)
+    return jax.lax.scan(step, vary(start_walk(elapsed), anchor(elapsed, uniforms)), uniforms)
 
 
 def draw_uniforms(law: Truncation, key: Any, num_steps: int) -> tuple[Any, jax.Array]:
@@ -152,6 +153,7 @@ def _cut_on_the_way(
         value, aux = system.loss(params, hidden, xs[0])
         return value, (aux, walk.elapsed == 0)
 
-    carried = (state.hidden, start_walk(state.elapsed), jnp.ones((), dtype=float))
+    anchored = anchor(state, uniforms)
+    carried = vary((state.hidden, start_walk(state.elapsed), jnp.ones((), dtype=float)), anchored)
     result = window_gradient(System(transition, loss), params, carried, (inputs, uniforms))
     return result, result.hidden[1], result.aux[1]

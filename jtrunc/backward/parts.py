@@ -18,6 +18,7 @@ from jtrunc.backward.two_phase import (
 )
 from jtrunc.backward.window import Chunk, Parts
 from jtrunc.base import Params, PyTree, System
+from jtrunc.devices import anchor, vary
 from jtrunc.structure import Structure
 from jtrunc.trees import (
     accumulator,
@@ -82,7 +83,8 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
 
         num_rows = chunk.edges.shape[0]
         aux = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape), leaf.dtype), aux_shapes)
-        carry = (chunk.num_active - 1, bars, cotangent, jnp.zeros((), loss_dtype), aux)
+        sums = vary((jnp.zeros((), loss_dtype), aux), anchor(chunk))
+        carry = (chunk.num_active - 1, bars, cotangent, *sums)
         return jax.lax.while_loop(lambda carry: carry[0] >= 0, step, carry)[1:]
 
     return Parts(
@@ -130,7 +132,7 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
             return index - 1, cotangent, elementwise_bar, write_row(deltas, index, bars.delta)
 
         deltas = jnp.zeros((*chunk.saved.shape[:-1], num_outputs), chunk.saved.dtype)
-        carry = (chunk.num_active - 1, cotangent, elementwise_bar, deltas)
+        carry = (chunk.num_active - 1, cotangent, elementwise_bar, vary(deltas, anchor(chunk)))
         return jax.lax.while_loop(lambda carry: carry[0] >= 0, step, carry)[1:]
 
     def backward_chunk(bars: Any, cotangent: PyTree, chunk: Chunk) -> Any:

@@ -13,6 +13,7 @@ from jtrunc.backward.truncation import Truncation, check_law, entering_edges
 from jtrunc.backward.unroll import weighted_edge
 from jtrunc.base import PyTree
 from jtrunc.checks import check_inputs, check_key, check_same_state, check_size
+from jtrunc.devices import anchor, vary
 from jtrunc.trees import strongly_typed
 
 
@@ -75,7 +76,7 @@ def scan(
 def _checked(f: Any, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
     new_carry, y = f(carry, x)
     new_carry = strongly_typed(new_carry)
-    check_same_state("scan: `f`", carry, new_carry)
+    check_same_state("scan: `f`", carry, new_carry, name="carry")
     return new_carry, y
 
 
@@ -102,7 +103,8 @@ def _cut_on_the_way(
         walk, (_, weight) = next_boundary(law, walk, jax.lax.stop_gradient(carry), uniform)
         return (carry, walk, jax.lax.stop_gradient(weight)), y
 
-    start = (init, start_walk(jnp.int32(0)), jnp.ones((), dtype=float))
+    law_start = (start_walk(jnp.int32(0)), jnp.ones((), dtype=float))
+    start = (init, *vary(law_start, anchor(init, xs, uniforms)))
     uniforms = uniforms[::-1] if options["reverse"] else uniforms
     (carry, _, _), ys = jax.lax.scan(step, start, (uniforms, xs), **options)
     return carry, ys

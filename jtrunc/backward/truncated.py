@@ -12,6 +12,7 @@ from jtrunc.backward.masked import with_mask
 from jtrunc.backward.unroll import Window, window_gradient
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_size, check_step, check_system
+from jtrunc.devices import anchor, vary
 from jtrunc.trees import accumulator, add_into, cast_like, strongly_typed
 
 
@@ -88,6 +89,9 @@ def _many_windows(
     system: System, length: int, params: Params, state: TruncatedState, inputs: PyTree, num_steps: int
 ) -> tuple[PyTree, jax.Array, Params, PyTree]:
     """Window after window in a loop whose memory is that of one; the first and last may be partial."""
+    anchored = anchor(params, state, inputs)
+    params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
+    state = vary(state, anchored)
     masked = with_mask(system)
     most_windows = (num_steps + length - 2) // length + 1
     num_windows = (state.phase + num_steps + length - 1) // length
@@ -107,11 +111,12 @@ def _many_windows(
 
     shapes = jax.eval_shape(lambda: window_gradient(masked, params, state.hidden, inputs_of(0)))
     aux = jax.tree.map(lambda leaf: jnp.zeros((most_windows, *leaf.shape), leaf.dtype), shapes.aux)
-    carry = (state.hidden, jnp.zeros((), shapes.loss.dtype), accumulator(params), aux)
+    carry = vary((state.hidden, jnp.zeros((), shapes.loss.dtype), accumulator(params), aux), anchored)
     hidden, loss, grads, aux = jax.lax.fori_loop(0, num_windows, window, carry)
 
     # Step t lies in window (t + phase) // L; the first window begins at step 0, not at −phase.
     steps = state.phase + jnp.arange(num_steps)
     offsets = jnp.where(steps < length, jnp.arange(num_steps), steps % length)
     aux = jax.tree.map(lambda leaf: leaf[steps // length, offsets], aux)
-    return hidden, loss, cast_like(grads, params), aux
+    (grads,) = pull_vary(cast_like(grads, params))
+    return hidden, loss, grads, aux

@@ -318,21 +318,22 @@ def _scan_forward(
 ) -> tuple[PyTree, Any]:
     projected = project_inputs(structure, layout, weights, inputs) if layout.project_first else {}
 
-    def step(hidden: PyTree, xs: Any) -> tuple[PyTree, Any]:
+    def step(before: PyTree, xs: Any) -> tuple[PyTree, Any]:
         inputs_t, projected_t = xs
-        hidden, saved = forward_step(structure, layout, weights, hidden, inputs_t, projected_t)
-        return hidden, (hidden, saved)
+        hidden, saved = forward_step(structure, layout, weights, before, inputs_t, projected_t)
+        return hidden, (before, saved)
 
-    _, (hiddens, saved) = jax.lax.scan(step, hidden, (inputs, projected))
+    last, (before, saved) = jax.lax.scan(step, hidden, (inputs, projected))
+    # hₜ₋₁ is what the way back reads; of hₜ only the leaves that the loss reads are ever copied together.
+    hiddens = jax.tree.map(lambda rows, row: jnp.concatenate([rows[1:], row[None]]), before, last)
     input_only = {name: projected[name] for name in layout.names if name not in layout.saved}
-    return hiddens, (weights, hidden, inputs, edges, hiddens, saved, input_only)
+    return hiddens, (weights, inputs, edges, before, saved, input_only)
 
 
 def _scan_backward(
     structure: Structure, layout: Layout, inputs_flow: bool, residuals: Any, hiddens_bar: PyTree
 ) -> tuple[Weights, PyTree, PyTree, Any]:
-    weights, hidden, inputs, edges, hiddens, saved, projected = residuals
-    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), hidden, hiddens)
+    weights, inputs, edges, before, saved, projected = residuals
 
     def step(carry: Any, xs: Any) -> tuple[Any, Any]:
         from_future, elementwise_bar = carry
@@ -343,7 +344,8 @@ def _scan_backward(
         to_past = bars.hidden if edge is None else weighted_cotangent(edge, bars.hidden)
         return (to_past, elementwise_bar), (bars.delta, bars.inputs if inputs_flow else ())
 
-    start = jax.tree.map(jnp.zeros_like, (hidden, weights.elementwise))
+    first = jax.tree.map(lambda rows: rows[0], before)
+    start = jax.tree.map(jnp.zeros_like, (first, weights.elementwise))
     (hidden_bar, elementwise_bar), (deltas, direct) = jax.lax.scan(
         step, start, (hiddens_bar, before, inputs, projected, saved, edges), reverse=True
     )

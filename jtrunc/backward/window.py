@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Params, PyTree
+from jtrunc.devices import anchor, vary
 from jtrunc.trees import num_time_steps, partition_inexact, read_row, read_rows, select, write_row
 
 BLOCK = 128
@@ -133,6 +134,7 @@ def dynamic_window(
         boundaries=boundaries,
         sums=_zero_sums(parts, hidden, num_time_steps(inputs)),
     )
+    first = vary(first, anchor(hidden, inputs, boundaries))
     last = jax.lax.while_loop(lambda visited: visited.index >= 0, visit, first)
     hidden = read_row(last.starts, (last.boundaries.stop + size - 1) // size)
     aux = jax.tree.map(lambda leaf: leaf[:look_ahead], last.sums.aux)
@@ -198,7 +200,7 @@ def _forward_block(
         return (carry[0] < size) & (start + carry[0] < carry[3].stop)
 
     num_steps, hidden, block, boundaries = jax.lax.while_loop(
-        more, chunk, (jnp.int32(0), hidden, block, boundaries)
+        more, chunk, (jnp.zeros_like(start), hidden, block, boundaries)
     )
     block = block._replace(hiddens=write_row(block.hiddens, num_steps, hidden))
     return block, num_steps, hidden, boundaries

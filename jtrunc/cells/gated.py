@@ -64,8 +64,9 @@ def gru(input_size: int, width: int) -> Cell:
         n = tanh(xₜ U_n + b_n + r · (hₜ₋₁ W_n + b′_n))
         hₜ = (1 − z) n + z hₜ₋₁
 
-    θ = {"gates": {"hidden_kernel": (width, 2·width), "input_kernel": (input_size, 2·width), "bias"},
-    "candidate": {"hidden_kernel": (width, width), "input_kernel": (input_size, width), "bias", "hidden_bias"}},
+    θ = {"gates": {"hidden_kernel": (width, 2·width), "input_kernel": (input_size, 2·width), "bias": ...},
+    "candidate": {"hidden_kernel": (width, width), "input_kernel": (input_size, width), "bias": ...,
+    "hidden_bias": ...}},
     gates in the order r, z; the hidden state is (..., width).
 
     Raises:
