@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import PyTree
+from jtrunc.trees import is_key
 
 
 def anchor(*trees: PyTree) -> jax.Array:
@@ -23,11 +24,18 @@ def vary(tree: PyTree, anchored: jax.Array) -> PyTree:
     that it added, so that the gradient with respect to replicated parameters is the sum over devices, as
     everywhere under `jax.shard_map`.
     """
-    return jax.tree.map(lambda leaf: jnp.where(anchored, leaf, leaf), tree)
+
+    def cast(leaf: Any) -> Any:
+        if not is_key(leaf):
+            return jnp.where(anchored, leaf, leaf)
+        data = jax.random.key_data(leaf)
+        return jax.random.wrap_key_data(jnp.where(anchored, data, data), impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(cast, tree)
 
 
 def _false_like(leaf: Any) -> jax.Array:
-    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         leaf = jax.random.key_data(leaf)
     first = jnp.ravel(jnp.asarray(leaf))[:1]
     return jnp.any(jnp.zeros_like(first, dtype=bool))

@@ -18,6 +18,11 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype, jnp.inexact)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed key, or an array of them."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def is_concrete(value: Any) -> bool:
     """Whether a value is known while tracing, rather than a tracer."""
     return not isinstance(value, Tracer)
@@ -100,7 +105,7 @@ def strongly_typed(tree: PyTree) -> PyTree:
     """Leaves as arrays without weak types, so that a state has the same type before and after an update."""
 
     def strong(leaf: Any) -> jax.Array:
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             return leaf
         return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
 
