@@ -50,8 +50,8 @@ class System(NamedTuple):
       ...     transition=lambda theta, hidden, inputs: theta * hidden + inputs,
       ...     loss=lambda params, hidden, inputs: (0.5 * (hidden - inputs) ** 2, ()),
       ... )
-      >>> params = jtrunc.Params(recurrent=jnp.float32(0.5))
-      >>> hidden, (losses, _) = jtrunc.unroll(system, params, jnp.float32(0.0), jnp.ones(3))
+      >>> params, inputs = jtrunc.Params(recurrent=jnp.float32(0.5)), jnp.ones(3, jnp.float32)
+      >>> hidden, (losses, _) = jtrunc.unroll(system, params, jnp.float32(0.0), inputs)
       >>> [float(loss) for loss in losses]
       [0.0, 0.125, 0.28125]
     """

@@ -34,7 +34,7 @@ def with_resets(system: System, initial_hidden: PyTree) -> System:
 
       >>> system = System(lambda theta, h, x: h + x, lambda params, h, x: (h, ()))
       >>> counter = with_resets(system, jnp.float32(0))
-      >>> inputs = (jnp.array([False, False, True]), jnp.ones(3))
+      >>> inputs = (jnp.array([False, False, True]), jnp.ones(3, jnp.float32))
       >>> from jtrunc import unroll
       >>> unroll(counter, Params(()), jnp.float32(0), inputs)[1][0].tolist()
       [1.0, 2.0, 1.0]

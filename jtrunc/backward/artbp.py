@@ -61,9 +61,9 @@ def artbp(system: System, truncation: Truncation) -> GradientEstimator:
 
       >>> from jtrunc import truncation
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
-      >>> params = Params(jnp.float32(0.5))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
       >>> estimator = artbp(system, truncation.given(cuts=[0, 0, 0], probabilities=[0.0, 0.5, 0.0]))
-      >>> estimate, _ = estimator.update(params, estimator.init(params, jnp.float32(0)), jnp.ones(3))
+      >>> estimate, _ = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
       >>> float(estimate.grads.recurrent)
       3.5
     """

@@ -43,9 +43,9 @@ def bptt(system: System, *, checkpoint: Literal["sqrt"] | int | None = None) -> 
 
       >>> import jax.numpy as jnp
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
-      >>> params = Params(jnp.float32(0.5))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
       >>> estimator = bptt(system)
-      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), jnp.ones(3))
+      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
       >>> float(estimate.loss), float(estimate.grads.recurrent), int(estimate.num_steps)
       (4.25, 3.0, 3)
     """

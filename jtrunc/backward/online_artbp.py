@@ -70,9 +70,9 @@ def online_artbp(system: System, truncation: Truncation) -> GradientEstimator:
 
       >>> from jtrunc import truncation
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
-      >>> params = Params(jnp.float32(0.5))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
       >>> estimator = online_artbp(system, truncation.given(cuts=[0, 1, 0], probabilities=[0.5, 0.5, 0.5]))
-      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), jnp.ones(3))
+      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
       >>> int(estimate.num_steps), float(estimate.loss), float(state.hidden)
       (2, 2.5, 1.5)
     """

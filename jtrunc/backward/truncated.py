@@ -54,9 +54,9 @@ def truncated_bptt(system: System, length: int) -> GradientEstimator:
     Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ; the cut after two steps drops dh₃/dh₂ · dh₂/dθ = 0.5.
 
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
-      >>> params = Params(jnp.float32(0.5))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
       >>> estimator = truncated_bptt(system, length=2)
-      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), jnp.ones(3))
+      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
       >>> float(estimate.grads.recurrent), int(state.phase)
       (2.5, 1)
     """

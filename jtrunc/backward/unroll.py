@@ -46,7 +46,8 @@ def unroll(
     Example:
 
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h ** 2, ()))
-      >>> hidden, (losses, _) = unroll(system, Params(jnp.float32(0.5)), jnp.float32(0), jnp.ones(3))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
+      >>> hidden, (losses, _) = unroll(system, params, jnp.float32(0), inputs)
       >>> float(hidden), losses.tolist()
       (1.75, [1.0, 2.25, 3.0625])
     """

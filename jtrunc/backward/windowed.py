@@ -39,10 +39,11 @@ def windowed_bptt(
 
     Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ: the last loss of three alone, over all of its lags.
 
-      >>>       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
-      >>> params = Params(jnp.float32(0.5))
+      >>> import jax.numpy as jnp
+      >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
       >>> estimator = windowed_bptt(system, backward_steps=2, loss_steps=1)
-      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), jnp.ones(3))
+      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
       >>> float(estimate.loss), float(estimate.grads.recurrent), float(state.hidden)
       (1.75, 2.0, 1.0)
     """
