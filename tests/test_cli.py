@@ -224,5 +224,3 @@ def test_folders_and_tables(tmp_path):
     with pytest.raises(ValueError, match="--output"):
         fresh_folder(tmp_path / "file")
     assert len({len(line) for line in table(["a", "b"], [["x", 1.0], ["yy", 22]]).splitlines()}) == 1
-
-

@@ -99,6 +99,21 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
     )
 
 
+def _scored_chunk(system: System, params: Params, chunk: Chunk, loss_dtype: Any) -> Any:
+    """``((loss, aux), (gradient, cotangents of `after`))`` of the active steps, all at once."""
+    active = jnp.arange(chunk.edges.shape[0]) < chunk.num_active
+    # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
+    last = read_row(chunk.after, chunk.num_active - 1)
+    after = jax.vmap(lambda on, row: select(on, row, last))(active, chunk.after)
+
+    def score(params: Params, after: PyTree) -> tuple[jax.Array, PyTree]:
+        values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, chunk.inputs)
+        aux = jax.vmap(lambda on, row: select(on, row, jax.tree.map(jnp.zeros_like, row)))(active, aux)
+        return jnp.sum(jnp.where(active, values, 0), dtype=loss_dtype), aux
+
+    return jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(params, after)
+
+
 def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
     """A structured system: a loop for δₜ alone, and one product per weight, loss and projection a chunk."""
     structure = system.structure
@@ -109,12 +124,6 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
 
     def advance(hidden: PyTree, inputs_t: PyTree, projected_t: PyTree) -> tuple[PyTree, PyTree]:
         return forward_step(structure, layout, weights, hidden, inputs_t, projected_t)
-
-    def score(params: Params, after: PyTree, chunk: Chunk) -> tuple[jax.Array, PyTree]:
-        active = jnp.arange(parts.chunk) < chunk.num_active
-        values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, chunk.inputs)
-        aux = jax.vmap(lambda on, row: select(on, row, jax.tree.map(jnp.zeros_like, row)))(active, aux)
-        return jnp.sum(jnp.where(active, values, 0), dtype=loss_dtype), aux
 
     def pull_deltas(chunk: Chunk, after_bar: PyTree, cotangent: PyTree, elementwise_bar: PyTree) -> Any:
         treedef = jax.tree.structure(hidden)
@@ -137,13 +146,7 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
 
     def backward_chunk(bars: Any, cotangent: PyTree, chunk: Chunk) -> Any:
         params_bar, weights_bar = bars
-        active = jnp.arange(parts.chunk) < chunk.num_active
-        # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
-        last = read_row(chunk.after, chunk.num_active - 1)
-        after = jax.vmap(lambda on, row: select(on, row, last))(active, chunk.after)
-        (loss, aux), (params_step, after_bar) = jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(
-            params, after, chunk
-        )
+        (loss, aux), (params_step, after_bar) = _scored_chunk(system, params, chunk, loss_dtype)
         cotangent, elementwise_bar, deltas = pull_deltas(chunk, after_bar, cotangent, weights_bar.elementwise)
         step_weights, _ = weight_cotangents(structure, layout, weights, chunk.before, chunk.inputs, deltas)
         weights_bar = add_into(weights_bar, step_weights)._replace(elementwise=elementwise_bar)
