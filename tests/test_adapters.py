@@ -131,6 +131,7 @@ def check_gradients(name: str, lengths: list[int]) -> None:
         assert_close(estimated(estimator, case, inputs), flax_gradient(case, stream, scored))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_CELL)
 def test_bptt_is_jax_grad_through_flax(name: str) -> None:
     case, inputs = CASES[name](()), data(17, ())

@@ -135,6 +135,7 @@ def test_windowed_bptt_is_equation_15(cell, length):
         assert differ(result.grads, jax.tree.map(lambda g: g / 3, reference.bptt(run)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [17, 200])
 @pytest.mark.parametrize("cell", CELLS)
 def test_windowed_bptt_over_long_windows(cell, length):
@@ -144,6 +145,7 @@ def test_windowed_bptt_over_long_windows(cell, length):
     assert_close(result.grads, reference.windowed_bptt(run, length - 1, length // 2, average=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["bptt", "truncated"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_batch_inside_the_system(cell, make):
@@ -164,6 +166,7 @@ def test_without_the_declared_structure_nothing_changes(cell):
         assert_close(declared, generic, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(systems.CASES))
 def test_any_two_functions_will_do(name):
     case = systems.CASES[name](11)
@@ -177,6 +180,7 @@ def test_any_two_functions_will_do(name):
     assert_close(windowed.grads, reference.windowed_bptt(prefix(run, 5), 4, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["bptt", "checkpointed", "truncated", "windowed"])
 def test_without_jit(make):
     case, run = first(cell_case("gru"), 7), prefix(run_of("gru"), 7)
@@ -288,6 +292,7 @@ def test_per_stream_averages_the_gradients(name):
     assert differ(result.grads, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_under_shard_map_on_eight_devices(name, check_vma, mesh):
@@ -316,6 +321,7 @@ def test_under_shard_map_on_eight_devices(name, check_vma, mesh):
     assert differ(grads, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_structured_cell_under_shard_map(check_vma, mesh):
     """The same for the engine that declared cells use: eight streams, one a device, summed."""

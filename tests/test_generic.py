@@ -76,6 +76,7 @@ def keys_of(state: Any) -> list[jax.Array]:
     return [jax.random.key_data(k) for k in leaves if jnp.issubdtype(k.dtype, jax.dtypes.prng_key)]
 
 
+@pytest.mark.slow
 @every_case
 @every_estimator
 def test_types_survive_an_update(name, kind):
@@ -89,6 +90,7 @@ def test_types_survive_an_update(name, kind):
     assert np.isfinite(reference.to_vector((estimate.grads, estimate.loss))).all()
 
 
+@pytest.mark.slow
 @every_case
 @every_estimator
 def test_aux_is_stacked_over_the_scored_steps(name, kind):
@@ -107,6 +109,7 @@ def test_aux_is_stacked_over_the_scored_steps(name, kind):
     assert all(isinstance(label, str) and np.shape(v) == () for label, v in estimate.aux.diagnostics.items())
 
 
+@pytest.mark.slow
 @every_estimator
 def test_jit_changes_nothing(name):
     case, estimator, state, update = build(ALL[name], "tanh")
@@ -116,6 +119,7 @@ def test_jit_changes_nothing(name):
     assert [k.tolist() for k in keys_of(jitted[1])] == [k.tolist() for k in keys_of(plain[1])]
 
 
+@pytest.mark.slow
 @every_estimator
 def test_updates_run_inside_a_scan(name):
     """Three training steps under lax.scan equal three calls."""
@@ -138,6 +142,7 @@ def test_updates_run_inside_a_scan(name):
     assert differ(scanned, case.params)
 
 
+@pytest.mark.slow
 @every_case
 @every_estimator
 def test_one_step_at_a_time(name, kind):
@@ -153,6 +158,7 @@ def test_one_step_at_a_time(name, kind):
     assert differ(again.grads, estimate.grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.1)])
 @every_estimator
 def test_narrower_types_give_the_same_numbers_less_exactly(name, dtype, tolerance):
@@ -175,6 +181,7 @@ def test_narrower_types_give_the_same_numbers_less_exactly(name, dtype, toleranc
     assert_close(widen(results[0].grads), results[1].grads, rtol=tolerance)
 
 
+@pytest.mark.slow
 @every_case
 @every_estimator
 def test_float32_without_x64(name, kind):
@@ -219,6 +226,7 @@ def test_other_keys_draw_other_cuts(name):
     assert sum(differ(result, results[0]) for result in results[1:]) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["artbp_polynomial", "online_polynomial"])
 def test_streams_of_per_stream_draw_independently(name):
     """Eight equal streams: with one key each their gradients differ, so the mean is none of them."""
@@ -304,6 +312,7 @@ COINCIDENCES = {
 }
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("pair", COINCIDENCES)
 def test_estimators_coincide_where_they_must(pair, kind):
@@ -318,6 +327,7 @@ def test_estimators_coincide_where_they_must(pair, kind):
         assert differ(results[0], results[1])
 
 
+@pytest.mark.slow
 def test_an_online_window_that_every_law_ends_is_a_fixed_window(key):
     case = systems.tanh(12)
     estimator = jtrunc.online_artbp(case.system, truncation.every(4))

@@ -53,6 +53,7 @@ def test_bptt_needs_memory_in_proportion_to_time(structured):
     assert 3.0 < long / short < 4.5
 
 
+@pytest.mark.slow
 @STRUCTURED
 def test_truncated_bptt_needs_memory_in_proportion_to_its_window(structured):
     """Between T = 500 and 2000 only per-step scalars may grow (8 bytes a step), never the residuals."""
@@ -64,6 +65,7 @@ def test_truncated_bptt_needs_memory_in_proportion_to_its_window(structured):
     assert wide - long > 0.5 * 450 * WIDTH * 4
 
 
+@pytest.mark.slow
 @STRUCTURED
 def test_checkpointed_bptt_needs_the_square_root(structured):
     """Four times the steps, twice the memory (three times would already be out)."""
@@ -81,6 +83,7 @@ def test_a_weight_of_zero_saves_no_memory(structured):
     assert temporary_bytes(offline, 2000, structured) > 4 * temporary_bytes(window, 2000, structured)
 
 
+@pytest.mark.slow
 @STRUCTURED
 def test_the_online_window_needs_memory_for_its_look_ahead(structured):
     """It grows with the look-ahead, and is never more than full backpropagation over it would need."""
@@ -128,6 +131,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_tracer_leaks(name, key):
     case = systems.tanh(7)
@@ -157,6 +161,7 @@ def test_no_key_is_used_twice(name, key):
             jax.jit(lambda k: jax.random.uniform(k) + jax.random.normal(k))(jax.random.clone(key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [16, 161])
 @pytest.mark.parametrize("name", MAKERS)
 def test_finite_at_several_sizes(name, steps, key):

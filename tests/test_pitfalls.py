@@ -177,6 +177,7 @@ def test_integer_and_key_leaves_are_carried_along(key):
         assert state.hidden.key == expected.key != case.hidden.key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 3, 6, 12])
 def test_the_effective_learning_rate_does_not_change_with_the_length(length):
     """A system without memory: every truncation length gives the same gradient, neither summed nor averaged
@@ -313,6 +314,7 @@ def test_a_mean_over_devices_needs_varying_parameters(make, mesh):
         assert differ(shard_mean(case, estimator, mesh, False, hidden, inputs), mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jtrunc.artbp, jtrunc.online_artbp])
 def test_random_truncation_over_devices(make, mesh, keys):
     """Eight devices, each with a key and a stream of its own, under the default checks of shard_map."""

@@ -49,6 +49,7 @@ def test_readme_is_short_and_begins_with_code():
     assert any(line.startswith("```python") for line in lines[:30])
 
 
+@pytest.mark.slow
 def test_readme_python_runs():
     for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         with jax.enable_x64(False):  # as in a reader's session

@@ -31,6 +31,7 @@ def read_and_write(inputs: list[int], num_symbols: int) -> tuple[list[int], list
     return targets, lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "num_steps"), [(1, 9), (3, 24), (10, 205), ((5, 10), 400), ((1, 4), 101), ((4, 4), 50)]
 )

@@ -64,6 +64,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [None, 2])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("killed_after", [0, 4, 10, 26])

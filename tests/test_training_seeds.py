@@ -26,6 +26,7 @@ def init_of(case: Any) -> Any:
     return init
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [plain, random_length])
 def test_seed_i_equals_its_solo_run(make: Any) -> None:
     case = small()
@@ -47,6 +48,7 @@ def test_seed_i_equals_its_solo_run(make: Any) -> None:
     assert np.ptp(many.history["loss"][-1]) > 1e-6  # and the seeds differ
 
 
+@pytest.mark.slow
 def test_lead_in_for_every_seed() -> None:
     case = small()
     arguments = (case.system, init_of(case), case.hidden, plain(case.system, 3), optax.sgd(0.05), case.inputs)
