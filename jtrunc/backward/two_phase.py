@@ -248,7 +248,17 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     if isinstance(structure, Stack):
         layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
     rows, width = _num_rows(layer, hidden, inputs)
-    return width > 0 and (rows == 1 or rows * ROWS_PER_WIDTH <= width)
+    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width
+    return width > 0 and few_rows and _equal_rows(layer, hidden, inputs)
+
+
+def _equal_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> bool:
+    """Whether all features have the same leading axes: maps that broadcast take the plain pass."""
+    inputs_t = _first_step(inputs)
+    of_hidden = jax.eval_shape(structure.hidden_features, hidden, inputs_t)
+    of_inputs = jax.eval_shape(structure.input_features, inputs_t)
+    features = [*of_hidden.values(), *of_inputs.values()]
+    return len({f.shape if jnp.issubdtype(f.dtype, jnp.integer) else f.shape[:-1] for f in features}) == 1
 
 
 def _num_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> tuple[int, int]:
