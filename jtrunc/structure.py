@@ -79,7 +79,7 @@ def project(features: jax.Array, kernel: jax.Array) -> jax.Array:
     """The product a W of features (..., in) or of one-hot indices (...) with a kernel (in, out)."""
     if jnp.issubdtype(features.dtype, jnp.integer):
         return kernel[features]
-    # One product of two matrices: on a CPU the transpose of one with more leading axes takes 1.4 times as long.
+    # One product of two matrices: on a CPU the transpose of one with more axes takes 1.4 times as long.
     rows = features.reshape(-1, features.shape[-1]) if features.ndim > 2 else features
     return (rows @ kernel).reshape(*features.shape[:-1], kernel.shape[-1])
 
