@@ -41,7 +41,8 @@ class System(NamedTuple):
         likelihood. `inputs` carries xₜ and the target. It sees all of `Params`, so tied weights work.
         `aux` is any pytree of arrays; ``()`` will do.
       structure: a `jtrunc.structure.Structure` (or `Stack`) that `transition` was derived from, or
-        None. It lets every engine run faster and changes no result beyond rounding.
+        None. It lets the engines run faster and changes no result beyond rounding. They read the
+        structure instead of `transition`, so replace both together, or set ``structure=None``.
 
     Example: a leaky integrator that is asked to follow its input.
 

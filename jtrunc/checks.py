@@ -54,7 +54,7 @@ def check_key(owner: str, key: Any, random: bool) -> None:
     """A typed key where one is needed; a legacy key is an error everywhere."""
     if key is None:
         if random:
-            raise ValueError(f"{owner} is random: `key` is None; give init a typed key, jax.random.key(seed)")
+            raise ValueError(f"{owner} is random: `key` is None; pass a typed key, jax.random.key(seed)")
         return
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         shown = f"{type(key).__name__} of dtype {getattr(key, 'dtype', 'none')}"
@@ -63,16 +63,16 @@ def check_key(owner: str, key: Any, random: bool) -> None:
         raise ValueError(f"{owner}: `key` must be one key, not an array of keys of shape {key.shape}")
 
 
-def check_inputs(inputs: PyTree) -> int:
+def check_inputs(inputs: PyTree, argument: str = "inputs") -> int:
     """The common length of the time axis, at least 1, or a clear error."""
     leaves = jax.tree_util.tree_leaves_with_path(inputs)
     if not leaves:
         raise ValueError(
-            "`inputs` has no array leaves, so it has no time axis; pass jnp.zeros((T,)) if F needs none"
+            f"`{argument}` has no array leaves, so it has no time axis; pass jnp.zeros((T,)) if F needs none"
         )
     lengths = {}
     for path, leaf in leaves:
-        name = f"inputs{jax.tree_util.keystr(path)}"
+        name = f"{argument}{jax.tree_util.keystr(path)}"
         if not hasattr(leaf, "shape"):
             raise TypeError(f"`{name}` must be an array with a leading time axis, not {type(leaf).__name__}")
         if leaf.ndim == 0:
@@ -81,11 +81,11 @@ def check_inputs(inputs: PyTree) -> int:
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"`{name}` has {length}" for name, length in lengths.items())
         raise ValueError(
-            f"`inputs` has unequal time axes: {shown} steps; give all leaves the same leading axis"
+            f"`{argument}` has unequal time axes: {shown} steps; give all leaves the same leading axis"
         )
     length = next(iter(lengths.values()))
     if length == 0:
-        raise ValueError("`inputs` is empty: its time axis has 0 steps; give at least one step")
+        raise ValueError(f"`{argument}` is empty: its time axis has 0 steps; give at least one step")
     return length
 
 

@@ -54,7 +54,8 @@ def online_artbp(system: System, truncation: Truncation) -> GradientEstimator:
     happens. Gradients are sums over the window, never divided by its random length.
 
     Time O(L), not O(N); memory O(N) hidden states / 128 and the residuals of 128 steps. One compilation
-    serves every length. Do not `vmap` it for speed: `jax.lax.map` over seeds is the fast way.
+    serves every length. A `Stack` of layers takes the plain path here.
+    Do not `vmap` it for speed: `jax.lax.map` over seeds is the fast way.
 
     Args:
       truncation: a law of `jtrunc.truncation`; a law that reads hₜ is evaluated on the way.
@@ -114,7 +115,8 @@ def _decided(law: Truncation, draw: Any, look_ahead: int) -> Boundaries:
         uncut_so_far = survival(law, look_ahead)
         edges = entering_edges(edge_weight(jnp.asarray(False), c))
     if law.random:
-        uncut = _small_uniform(draw) < uncut_so_far
+        # Written so that a law that went out of [0, 1), a nan, cuts nothing and ends in a nan gradient.
+        uncut = ~(_small_uniform(draw) >= uncut_so_far)
     else:
         index = jnp.arange(look_ahead)
         cuts = jax.vmap(lambda i, c: law.cut(Boundary(i, i + 1), c, jnp.zeros(())))(index, c)
@@ -127,7 +129,8 @@ def _decided(law: Truncation, draw: Any, look_ahead: int) -> Boundaries:
 def _small_uniform(key: jax.Array) -> jax.Array:
     """A uniform draw on [0, 1) from 64 bits: near 0, where long windows live, it keeps its precision."""
     high, low = jax.random.bits(key, (2,), jnp.uint32).astype(jnp.zeros((), dtype=float).dtype)
-    return high * 2.0**-32 + low * 2.0**-64
+    below_one = 1.0 - jnp.finfo(high.dtype).epsneg
+    return jnp.minimum(high * 2.0**-32 + low * 2.0**-64, below_one)
 
 
 def _undecided(law: Truncation, draw: Any, look_ahead: int) -> tuple[Boundaries, Decide]:
@@ -137,11 +140,10 @@ def _undecided(law: Truncation, draw: Any, look_ahead: int) -> tuple[Boundaries,
         walk, _ = boundaries.state
         uniform = jax.random.uniform(jax.random.fold_in(draw, step))
         walk, (cut, weight) = next_boundary(law, walk, hidden, uniform)
-        following = jnp.minimum(step + 1, boundaries.edges.shape[0] - 1)
         return Boundaries(
             state=(walk, cut),
             stop=jnp.where(cut, step + 1, boundaries.stop),
-            edges=boundaries.edges.at[following].set(weight),
+            edges=boundaries.edges.at[step + 1].set(weight, mode="drop"),  # the last step has no next
         )
 
     start: tuple[Walk, jax.Array] = (start_walk(jnp.int32(0)), jnp.asarray(False))

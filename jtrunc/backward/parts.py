@@ -12,6 +12,7 @@ from jtrunc.backward.two_phase import (
     forward_step,
     fuse,
     layout_of,
+    num_rows,
     project_inputs,
     two_phase_pays,
     weight_cotangents,
@@ -50,11 +51,6 @@ def _loss_shapes(system: System, params: Params, hidden: PyTree, inputs: PyTree)
 
     value, aux = jax.eval_shape(first_loss, hidden, inputs)
     return wide_dtype(value), aux
-
-
-def _rows_of(hidden: PyTree) -> int:
-    leaf = max(jax.tree.leaves(hidden), key=lambda leaf: leaf.size)
-    return leaf.size // leaf.shape[-1] if leaf.ndim else 1
 
 
 def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
@@ -158,7 +154,7 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
         recurrent = add_into(params_bar.recurrent, theta_bar)
         return cast_like(params_bar._replace(recurrent=recurrent), params)
 
-    work = sum(kernel.size for kernel in weights.hidden) * _rows_of(hidden)
+    work = sum(kernel.size for kernel in weights.hidden) * num_rows(structure, hidden, inputs)[0]
     parts = Parts(
         chunk=LIGHT_CHUNK if work < LIGHT_STEP else CHUNK,
         project=lambda rows: project_inputs(structure, layout, weights, rows),

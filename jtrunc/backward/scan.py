@@ -14,7 +14,7 @@ from jtrunc.backward.unroll import weighted_edge
 from jtrunc.base import PyTree
 from jtrunc.checks import check_inputs, check_key, check_same_state, check_size
 from jtrunc.devices import anchor, vary
-from jtrunc.trees import strongly_typed
+from jtrunc.trees import is_key, strongly_typed
 
 
 def scan(
@@ -22,11 +22,11 @@ def scan(
     init: PyTree,
     xs: PyTree = None,
     length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
     *,
     truncation: Truncation,
     key: jax.Array | None = None,
-    reverse: bool = False,
-    unroll: int | bool = 1,
 ) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan`, with a backward pass through the carry that follows a truncation law.
 
@@ -38,7 +38,8 @@ def scan(
     respect to everything that `f` closes over, to `init` and to `xs` has the exact gradient as its
     expectation, wherever a scalar function is built from ``ys`` and the last carry.
 
-    Memory and time are those of `jax.lax.scan`: a cut frees no memory. Values are unchanged.
+    Memory and time are those of `jax.lax.scan`: a cut frees no memory. Values are unchanged. Reverse mode
+    only: `jax.jvp` through it is an error.
 
     Args:
       f, init, xs, length, reverse, unroll: as in `jax.lax.scan`. With `reverse`, boundary i lies between
@@ -61,16 +62,35 @@ def scan(
     """
     law = check_law("scan", truncation)
     check_key("scan", key, law.random)
-    if xs is None and length is None:
-        raise ValueError("scan: `xs` and `length` are both None; give one of them")
-    num_steps = check_size("scan", "length", length) if xs is None else check_inputs(xs)
+    bare = not jax.tree.leaves(xs)
+    if bare and length is None:
+        raise ValueError("scan: `xs` holds no array and `length` is None; give one of them")
+    if length == 0 or any(jnp.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(xs)):
+        return jax.lax.scan(f, init, xs, length, reverse, unroll)  # no step, so no boundary
+    num_steps = check_size("scan", "length", length) if bare else check_inputs(xs, "xs")
     if length is not None and length != num_steps:
         raise ValueError(f"scan: `length` is {length}, but `xs` has {num_steps} steps")
     check_law("scan", law, num_steps)
     _, uniforms = draw_uniforms(law, key, num_steps)
     weighted = _cut_on_the_way if law.reads_hidden else _cut_before
-    init = strongly_typed(init)
+    init = _promoted(f, init, xs)
     return weighted(f, init, xs, law, uniforms, dict(length=num_steps, reverse=reverse, unroll=unroll))
+
+
+def _promoted(f: Any, init: PyTree, xs: PyTree) -> PyTree:
+    """`init` with weakly typed leaves (Python numbers) in the dtype that `f` gives them, as in lax.scan."""
+
+    def first(init: PyTree, xs: PyTree) -> PyTree:
+        return f(init, jax.tree.map(lambda leaf: leaf[0], xs))[0]
+
+    def promote(leaf: Any, after: Any) -> Any:
+        return jnp.asarray(leaf, after.dtype) if jax.typeof(leaf).weak_type else leaf
+
+    init = jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.asarray(leaf), init)
+    after = jax.eval_shape(first, init, xs)
+    if jax.tree.structure(init) == jax.tree.structure(after):
+        init = jax.tree.map(promote, init, after)
+    return strongly_typed(init)
 
 
 def _checked(f: Any, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:

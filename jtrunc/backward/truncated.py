@@ -89,6 +89,7 @@ def _many_windows(
     system: System, length: int, params: Params, state: TruncatedState, inputs: PyTree, num_steps: int
 ) -> tuple[PyTree, jax.Array, Params, PyTree]:
     """Window after window in a loop whose memory is that of one; the first and last may be partial."""
+    inputs = strongly_typed(inputs)
     anchored = anchor(params, state, inputs)
     params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
     state = vary(state, anchored)

@@ -164,8 +164,9 @@ def from_probability(fn: Callable[..., Any]) -> Truncation:
         raise TypeError(f"truncation.from_probability: `fn` must be a function, not {fn!r}")
     parameters = inspect.signature(fn).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    reads_hidden = len(positional) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
-    if not positional and not reads_hidden:
+    required = [p for p in positional if p.default is p.empty]  # a default is a constant, bound early
+    reads_hidden = len(required) >= 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    if not (positional or reads_hidden) or len(required) > 2:
         raise TypeError("truncation.from_probability: `fn` must take (elapsed) or (elapsed, hidden)")
 
     def probability(boundary: Boundary) -> jax.Array:
@@ -173,8 +174,7 @@ def from_probability(fn: Callable[..., Any]) -> Truncation:
         c = jnp.asarray(value, dtype=float)
         if c.shape != ():
             raise ValueError(f"truncation.from_probability: `fn` must return a scalar, not shape {c.shape}")
-        c = jax.lax.stop_gradient(c)
-        return jnp.where((c >= 0.0) & (c < 1.0), c, jnp.nan)
+        return jax.lax.stop_gradient(c)
 
     return _random(probability, reads_hidden)
 
@@ -190,7 +190,11 @@ def entering_edges(weights: jax.Array) -> jax.Array:
 
 
 def _random(probability: Callable[[Boundary], jax.Array], reads_hidden: bool = False) -> Truncation:
-    return Truncation(probability, lambda boundary, c, uniform: uniform < c, True, reads_hidden)
+    def guarded(boundary: Boundary) -> jax.Array:
+        c = probability(boundary)
+        return jnp.where((c >= 0.0) & (c < 1.0), c, jnp.nan)
+
+    return Truncation(guarded, lambda boundary, c, uniform: uniform < c, True, reads_hidden)
 
 
 def _zero(boundary: Boundary) -> jax.Array:

@@ -247,7 +247,7 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     layer = structure
     if isinstance(structure, Stack):
         layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
-    rows, width = _num_rows(layer, hidden, inputs)
+    rows, width = num_rows(layer, hidden, inputs)
     few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width
     return width > 0 and few_rows and _equal_rows(layer, hidden, inputs)
 
@@ -261,7 +261,7 @@ def _equal_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> bool:
     return len({f.shape if jnp.issubdtype(f.dtype, jnp.integer) else f.shape[:-1] for f in features}) == 1
 
 
-def _num_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> tuple[int, int]:
+def num_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> tuple[int, int]:
     """Rows and width of the widest hidden features; width 0 where there are none."""
     features = jax.eval_shape(structure.hidden_features, hidden, _first_step(inputs))
     widest = max(features.values(), key=lambda feature: feature.shape[-1], default=None)
@@ -298,7 +298,7 @@ def _layer_hiddens(
     edges: jax.Array | None,
 ) -> PyTree:
     layout = layout_of(structure, theta, hidden, _first_step(inputs))
-    if _num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
+    if num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
         layout = layout._replace(project_first=False)
     weights = fuse(structure, layout, theta)
     return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)

@@ -113,12 +113,21 @@ def weighted_unroll(
     for stop in stops:
         steps, edges = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], (inputs, window.edges))
         runs = system if start >= first_scored else _without_loss(system)
-        reached = params if start >= window.unreached else jax.lax.stop_gradient(params)
-        hidden, out = _segmented(runs, reached, hidden, steps, edges, window.segment)
+        if start < window.unreached:
+            hidden = _run_only(system, jax.lax.stop_gradient(params), hidden, steps)
+        else:
+            hidden, out = _segmented(runs, params, hidden, steps, edges, window.segment)
+            scored += [out] if start >= first_scored else []
         marked = hidden if stop == mark else marked
-        scored += [out] if start >= first_scored else []
         start = stop
     return marked, concatenate(scored)
+
+
+def _run_only(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> PyTree:
+    def step(hidden: PyTree, inputs_t: PyTree) -> tuple[PyTree, None]:
+        return system.transition(params.recurrent, hidden, inputs_t), None
+
+    return jax.lax.scan(step, hidden, inputs)[0]
 
 
 def _without_loss(system: System) -> System:

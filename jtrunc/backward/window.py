@@ -118,7 +118,7 @@ def dynamic_window(
         index, back, starts, block, boundaries, sums = visited
         start = index * size
         block, num_steps, hidden, boundaries = _forward_block(
-            parts, read_row(starts, index), inputs, start, block, boundaries, _unless(back, decide)
+            parts, read_row(starts, index), inputs, start, size, block, boundaries, _unless(back, decide)
         )
         starts = write_row(starts, index + 1, hidden)
         back = back | (start + num_steps >= boundaries.stop)
@@ -171,12 +171,12 @@ def _forward_block(
     hidden: PyTree,
     inputs: PyTree,
     start: jax.Array,
+    size: int,
     block: Block,
     boundaries: Boundaries,
     decide: Decide | None,
 ) -> tuple[Block, jax.Array, PyTree, Boundaries]:
     """From `start` to the end of the block or window: residuals, number of steps, last state, boundaries."""
-    size = num_time_steps(block.hiddens) - 1
 
     def chunk(carry: Any) -> Any:
         first, *_ = carry

@@ -28,6 +28,10 @@ def windowed_bptt(
     inputs are run but not reached by the gradient; shorter ones, at the start of a stream, look back as far
     as they go. Memory O(K₁); time O(K₁) for K₂ losses.
 
+    To begin a stream so that no loss goes unscored, run windows of K₁ + 1 − j K₂ steps from its first step,
+    longest j first, and keep ``state.hidden`` at the start until the windows are full; `training.train` does
+    so by itself. A shorter window scores the losses it has, so do not overlap the last with the one before.
+
     Args:
       backward_steps: K₁ ≥ K₂, steps.
       loss_steps: K₂ ≥ 1, steps.

@@ -49,7 +49,9 @@ def variance_scaled(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.A
 def orthogonal(key: jax.Array, width: int, copies: int, dtype: Any) -> jax.Array:
     """`copies` orthogonal (width, width) kernels side by side: (width, copies · width)."""
     make = jax.nn.initializers.orthogonal()
-    return jnp.concatenate([make(k, (width, width), dtype) for k in jax.random.split(key, copies)], axis=-1)
+    wide = jnp.promote_types(dtype, jnp.float32)  # the factorisation behind it knows no narrower type
+    kernels = [make(k, (width, width), wide) for k in jax.random.split(key, copies)]
+    return jnp.concatenate(kernels, axis=-1).astype(dtype)
 
 
 def stack(cells: Sequence[Cell]) -> Cell:

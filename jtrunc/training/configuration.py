@@ -21,6 +21,7 @@ from jtrunc.training.step import TrainState, train_step
 FILE = "config.json"
 _STEP = jax.jit(train_step, static_argnums=(0, 1))
 _TIED_TO_BACKEND = ("backend", "program", "first state")
+_HASHES = ("data", "program", "first state")
 
 
 class ConfigurationError(ValueError):
@@ -124,15 +125,26 @@ def check_same(folder: Path, configuration: Mapping[str, Any]) -> str:
         )
         different = [name for name in different if name not in _TIED_TO_BACKEND]
     if different:
-        entries = "; ".join(
-            f"{name}: {_short(saved.get(name, 'absent'))} there, {_short(here.get(name, 'absent'))} here"
-            for name in different
-        )
+        entries = "; ".join(_differences(saved, here, different))
         raise ConfigurationError(
             f"train: {folder} was written by another configuration ({entries}); resume with the options of "
             "that run, or choose another `out_dir`. Nothing was overwritten"
         )
     return hash_configuration(saved)
+
+
+def _differences(saved: dict[str, Any], here: dict[str, Any], names: list[str]) -> list[str]:
+    """One phrase for each option that differs; hashes only where no option explains them."""
+    readable = [name for name in names if name not in _HASHES]
+    phrases = []
+    for name in readable or names:
+        there, now = saved.get(name, "absent"), here.get(name, "absent")
+        if isinstance(there, dict) and isinstance(now, dict):
+            inner = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+            phrases += _differences(there, now, inner)
+        else:
+            phrases.append(f"{name}: {_short(there)} there, {_short(now)} here")
+    return phrases
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -86,6 +86,12 @@ def static_num_steps(
 
 def _known(num_steps: Any) -> int | None:
     """The number, or None for a tracer."""
+    if getattr(num_steps, "shape", ()) != ():
+        raise ValueError(
+            f"train: the estimator consumes another number of steps in each of {num_steps.shape[0]} streams "
+            "(`per_stream` of windows of random length), which one cursor cannot follow; put the batch axis "
+            "inside the system, so that the streams share their windows, or run them as `seeds`"
+        )
     try:
         return int(num_steps)
     except jax.errors.ConcretizationTypeError:
