@@ -76,10 +76,20 @@ def cotangent_tree(tree: PyTree, leaves: list[jax.Array]) -> PyTree:
     )
 
 
+def no_cotangent(leaf: jax.Array) -> Any:
+    """A zero cotangent of the type that JAX expects for `leaf`."""
+    return cotangent_tree(leaf, [jnp.zeros_like(leaf)])
+
+
 def weighted_cotangent(weight: jax.Array, cotangent: PyTree) -> PyTree:
-    """``w · λ`` leaf by leaf, and exactly 0 where w = 0: a cut must stop infinities too (0 · inf is nan)."""
+    """``w · λ`` leaf by leaf, and exactly 0 where w = 0: a cut must stop infinities too (0 · inf is nan).
+
+    A boolean weight keeps or cuts: one operation less.
+    """
 
     def scale(leaf: jax.Array) -> jax.Array:
+        if weight.dtype == bool:
+            return jnp.where(weight, leaf, jnp.zeros_like(leaf))
         # The weight is cast, so that a float32 law never widens a bfloat16 or complex state.
         return jnp.where(weight == 0, jnp.zeros_like(leaf), weight.astype(leaf.real.dtype) * leaf)
 

@@ -73,8 +73,7 @@ def truncated_bptt(system: System, length: int) -> GradientEstimator:
         if num_steps <= length:
             # At most one cut lies inside: one window, whose edge there has the weight 0.
             position = (state.phase + jnp.arange(num_steps)) % length
-            edges = jnp.where(position == 0, 0.0, 1.0)
-            result = window_gradient(system, params, state.hidden, inputs, Window(edges))
+            result = window_gradient(system, params, state.hidden, inputs, Window(position != 0))
             hidden, loss, grads, aux = result.hidden, result.loss, result.grads, result.aux
         else:
             hidden, loss, grads, aux = _many_windows(system, length, params, state, inputs, num_steps)

@@ -17,7 +17,13 @@ import numpy as np
 
 from jtrunc.base import PyTree
 from jtrunc.structure import Stack, Structure, add_bias, project
-from jtrunc.trees import cotangent_tree, is_inexact, partition_inexact, weighted_cotangent
+from jtrunc.trees import (
+    cotangent_tree,
+    is_inexact,
+    no_cotangent,
+    partition_inexact,
+    weighted_cotangent,
+)
 
 Named = dict[str, jax.Array]
 
@@ -362,7 +368,7 @@ def _scan_backward(
     weights_bar, inputs_bar = weight_cotangents(structure, layout, weights, before, inputs, deltas)
     if inputs_flow:
         inputs_bar = jax.tree.map(jnp.add, inputs_bar, direct)
-    edges_bar = None if edges is None else jnp.zeros_like(edges)
+    edges_bar = None if edges is None else no_cotangent(edges)
     return (
         weights_bar._replace(elementwise=elementwise_bar),
         hidden_bar,

@@ -17,6 +17,7 @@ from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_step
 from jtrunc.trees import (
     concatenate,
+    no_cotangent,
     num_time_steps,
     partition_inexact,
     split_at,
@@ -67,7 +68,7 @@ def _edge(weight: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
 
 _edge.defvjp(
     lambda weight, leaves: (leaves, weight),
-    lambda weight, bars: (jnp.zeros_like(weight), weighted_cotangent(weight, bars)),
+    lambda weight, bars: (no_cotangent(weight), weighted_cotangent(weight, bars)),
 )
 
 
