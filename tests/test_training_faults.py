@@ -138,7 +138,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "window": {"window": 6},
     "seeds": {"seeds": 2},
     "data": {"data": np.ones((30, 2), np.float32)},
-    "given": {"config": {"note": "another"}},
+    "note": {"config": {"note": "another"}},
     "program": {"optimizer": optax.adam(2e-2)},
     "log_every": {"log_every": 1},
     "estimator": {"estimator": ESTIMATORS["static"]},
