@@ -157,6 +157,7 @@ def test_a_batch_inside_the_system(cell, make):
         assert_close(result.grads, reference.truncated_bptt(run, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["tanh", "stack"])
 def test_without_the_declared_structure_nothing_changes(cell):
     case = first(cell_case(cell), 17)

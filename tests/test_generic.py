@@ -199,6 +199,7 @@ def test_float32_without_x64(name, kind):
         assert_close(grads, update(wide.params, state, wide.inputs)[0].grads, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANDOM)
 def test_two_updates_draw_different_cuts(name):
     case, _, state, update = build(ALL[name], "tanh", 64)

@@ -143,6 +143,7 @@ def test_no_tracer_leaks(name, key):
     assert np.isfinite(estimate.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["artbp", "online_artbp"])
 def test_no_key_is_used_twice(name, key):
     """jax's checker follows every key through init and two updates, and does object to a reused key."""

@@ -73,6 +73,7 @@ def test_never_is_lax_scan(unroll):
     assert_close(without_float0(mine[1]), without_float0(lax[1]), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 50])
 def test_every_truncates_as_equation_9(length):
     mine = gradients(partial(jtrunc.scan, truncation=truncation.every(length)))

@@ -106,6 +106,7 @@ def test_without_lead_in_the_first_losses_go_unscored() -> None:
     assert result.history["loss"][0] * 3 == 2.0**7 - 2.0**4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_where_chunks_end_changes_no_bit(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     case = small()
