@@ -174,4 +174,4 @@ def test_keep_below_one(tmp_path: Path) -> None:
 def test_an_intact_folder_gives_no_warning(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        restore(folder, state_of())
+        assert restore(folder, state_of()) is not None

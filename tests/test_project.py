@@ -51,7 +51,9 @@ def test_readme_is_short_and_begins_with_code():
 
 @pytest.mark.slow
 def test_readme_python_runs():
-    for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for code in blocks:
         with jax.enable_x64(False):  # as in a reader's session
             exec(compile(code, "README.md", "exec"), {})
 

@@ -161,6 +161,7 @@ def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Pat
 
 
 def claim(resume: bool, output: Path) -> None:
+    """A fresh folder for a new run, an existing one for a resumed run, or a ValueError with the remedy."""
     if not resume:
         fresh_folder(output)
     elif not output.is_dir():
