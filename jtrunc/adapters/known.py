@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import PyTree
-from jtrunc.structure import Affine, Structure
-
-AffineMaps = Callable[[PyTree], dict[str, Affine]]
-Elementwise = Callable[[jax.Array], jax.Array]
+from jtrunc.cells.gated import AffineMaps, Elementwise, gru_structure, lstm_structure
+from jtrunc.structure import Structure
 
 
 class Form(NamedTuple):
@@ -44,39 +41,8 @@ def simple(affine: AffineMaps, activation: Elementwise, residual: bool) -> Struc
     )
 
 
-def lstm(affine: AffineMaps, gate: Elementwise, activation: Elementwise) -> Structure:
-    """cₜ = σ(f) cₜ₋₁ + σ(i) φ(g), hₜ = σ(o) φ(cₜ); hidden = (c, h); one map, "gates": i, f, g, o."""
-
-    def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
-        i, f, g, o = jnp.split(p["gates"], 4, axis=-1)
-        c = gate(f) * hidden[0] + gate(i) * activation(g)
-        return c, gate(o) * activation(c)
-
-    return Structure(
-        affine=affine,
-        hidden_features=lambda hidden, inputs: {"gates": hidden[1]},
-        input_features=lambda x: {"gates": x},
-        combine=combine,
-    )
-
-
-def gru(affine: AffineMaps, gate: Elementwise, activation: Elementwise) -> Structure:
-    """hₜ = (1 − z) φ(Wᵢₙ xₜ + bᵢₙ + r (Wₕₙ hₜ₋₁ + bₕₙ)) + z hₜ₋₁ with r, z = σ(gates), in this order.
-
-    The reset gate multiplies a preactivation, not a feature, so the candidate has two maps.
-    """
-
-    def combine(elementwise: PyTree, hidden: jax.Array, inputs: PyTree, p: dict[str, jax.Array]) -> jax.Array:
-        r, z = jnp.split(gate(p["gates"]), 2, axis=-1)
-        candidate = activation(p["candidate_input"] + r * p["candidate_hidden"])
-        return (1.0 - z) * candidate + z * hidden
-
-    return Structure(
-        affine=affine,
-        hidden_features=lambda hidden, inputs: {"gates": hidden, "candidate_hidden": hidden},
-        input_features=lambda x: {"gates": x, "candidate_input": x},
-        combine=combine,
-    )
+lstm = lstm_structure
+gru = gru_structure
 
 
 def usable(form: Form | None, params: PyTree, carry: PyTree, x: PyTree) -> Structure | None:

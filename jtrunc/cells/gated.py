@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 from jtrunc.base import PyTree
 from jtrunc.cells.cell import Cell, check_sizes, orthogonal, plain_input, variance_scaled, zeros_hidden
 from jtrunc.structure import Affine, Structure
+
+AffineMaps = Callable[[PyTree], dict[str, Affine]]
+Elementwise = Callable[[jax.Array], jax.Array]
 
 
 def lstm(input_size: int, width: int, forget_bias: float = 1.0) -> Cell:
@@ -39,22 +43,32 @@ def lstm(input_size: int, width: int, forget_bias: float = 1.0) -> Cell:
         bias = jnp.zeros((4, width), dtype).at[1].set(forget_bias)
         return _gate_kernels(key, input_size, width, 4, dtype) | {"bias": bias.reshape(-1)}
 
-    def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
-        cell, _ = hidden
-        write, forget, candidate, read = jnp.split(p["gates"], 4, axis=-1)
-        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(write) * jnp.tanh(candidate)
-        return cell, jax.nn.sigmoid(read) * jnp.tanh(cell)
+    def affine(theta: PyTree) -> dict[str, Affine]:
+        return {"gates": Affine(theta["hidden_kernel"], theta["input_kernel"], theta["bias"])}
 
     def initial_hidden(batch_shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> PyTree:
         return zeros_hidden(width)(batch_shape, dtype), zeros_hidden(width)(batch_shape, dtype)
 
-    structure = Structure(
-        affine=lambda theta: {"gates": Affine(theta["hidden_kernel"], theta["input_kernel"], theta["bias"])},
+    return Cell(init, initial_hidden, lambda hidden: hidden[1], lstm_structure(affine), width)
+
+
+def lstm_structure(
+    affine: AffineMaps, gate: Elementwise = jax.nn.sigmoid, activation: Elementwise = jnp.tanh
+) -> Structure:
+    """cₜ = gate(f) cₜ₋₁ + gate(i) φ(z), hₜ = gate(o) φ(cₜ); hidden = (c, h); one map, "gates": i, f, z, o."""
+
+    def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
+        cell, _ = hidden
+        write, forget, candidate, read = jnp.split(p["gates"], 4, axis=-1)
+        cell = gate(forget) * cell + gate(write) * activation(candidate)
+        return cell, gate(read) * activation(cell)
+
+    return Structure(
+        affine=affine,
         hidden_features=lambda hidden, inputs: {"gates": hidden[1]},
         input_features=lambda inputs: {"gates": plain_input(inputs)},
         combine=combine,
     )
-    return Cell(init, initial_hidden, lambda hidden: hidden[1], structure, width)
 
 
 def gru(input_size: int, width: int) -> Cell:
@@ -92,18 +106,29 @@ def gru(input_size: int, width: int) -> Cell:
             "candidate_input": Affine(None, candidate["input_kernel"], candidate["bias"]),
         }
 
+    return Cell(init, zeros_hidden(width), lambda hidden: hidden, gru_structure(affine), width)
+
+
+def gru_structure(
+    affine: AffineMaps, gate: Elementwise = jax.nn.sigmoid, activation: Elementwise = jnp.tanh
+) -> Structure:
+    """hₜ = (1 − z) φ(xₜ U_n + b_n + r · (hₜ₋₁ W_n + b′_n)) + z hₜ₋₁ with r, z = gate("gates"), in this order.
+
+    The reset gate multiplies a preactivation, not a feature, so the candidate has two maps,
+    "candidate_hidden" and "candidate_input".
+    """
+
     def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
-        reset, keep = jnp.split(jax.nn.sigmoid(p["gates"]), 2, axis=-1)
-        candidate = jnp.tanh(p["candidate_input"] + reset * p["candidate_hidden"])
+        reset, keep = jnp.split(gate(p["gates"]), 2, axis=-1)
+        candidate = activation(p["candidate_input"] + reset * p["candidate_hidden"])
         return (1.0 - keep) * candidate + keep * hidden
 
-    structure = Structure(
+    return Structure(
         affine=affine,
         hidden_features=lambda hidden, inputs: {"gates": hidden, "candidate_hidden": hidden},
         input_features=lambda inputs: dict.fromkeys(("gates", "candidate_input"), plain_input(inputs)),
         combine=combine,
     )
-    return Cell(init, zeros_hidden(width), lambda hidden: hidden, structure, width)
 
 
 def _gate_kernels(
