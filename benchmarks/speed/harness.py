@@ -194,6 +194,35 @@ def main(name: str, question: str | None, measure: Callable[[bool, Effort], list
       question: the module's docstring; its first line heads the table.
       measure: ``(quick, effort) -> rows``; quick asks for tiny sizes.
     """
+    options = _parser(question).parse_args()
+    _report(name, question, options, measure(options.quick, _effort(options)))
+
+
+def main_by_case(
+    name: str,
+    question: str | None,
+    cases: Sequence[Any],
+    small: Sequence[Any],
+    measure: Callable[[Any, Effort], list[dict[str, Any]]],
+) -> None:
+    """`main` for a question that is asked case by case; ``--only TEXT`` keeps the cases named so.
+
+    Args:
+      cases: each with a name, its `str`.
+      small: what ``--quick`` measures instead.
+      measure: ``(case, effort) -> rows``.
+    """
+    parser = _parser(question)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains this")
+    options = parser.parse_args()
+    chosen = [case for case in (small if options.quick else cases) if options.only in str(case)]
+    if not chosen:
+        parser.error(f"--only {options.only!r}: no such case among {', '.join(map(str, cases))}")
+    rows = [row for case in chosen for row in measure(case, _effort(options))]
+    _report(name, question, options, rows)
+
+
+def _parser(question: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? times mean nothing")
     parser.add_argument("--rounds", type=int, default=Effort().rounds, help="turns of each contestant")
@@ -204,10 +233,17 @@ def main(name: str, question: str | None, measure: Callable[[bool, Effort], list
         help="process: CPU time of this process, for a machine that others use too",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (%(default)s)")
-    options = parser.parse_args()
+    return parser
+
+
+def _effort(options: argparse.Namespace) -> Effort:
     clock = time.process_time if options.clock == "process" else time.perf_counter
-    effort = QUICK if options.quick else Effort(rounds=options.rounds, clock=clock)
-    rows = measure(options.quick, effort)
+    return QUICK if options.quick else Effort(rounds=options.rounds, clock=clock)
+
+
+def _report(
+    name: str, question: str | None, options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]
+) -> None:
     print(f"\n{(question or name).splitlines()[0]}\n\n{markdown(rows)}\n", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     record = {"question": name, "quick": options.quick, "clock": options.clock, **machine()}
