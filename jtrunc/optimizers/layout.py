@@ -45,7 +45,7 @@ def sibling_bias(path: Path) -> Iterator[Path]:
       >>> list(sibling_bias(("hf", "kernel")))
       [('hf', 'bias'), ('if', 'bias'), ('if_', 'bias')]
     """
-    *parents, name = path
+    *parents, name = path or ("",)
     if not (isinstance(name, str) and (name == "kernel" or name.endswith("_kernel"))):
         return
     if name != "kernel":
