@@ -1,14 +1,18 @@
-"""Small systems that the tests run on: written by hand, so that they need nothing but the protocol."""
+"""Small systems that the tests run on: by hand, which needs nothing but the protocol, and from the cells."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtrunc import cells
 from jtrunc.base import Params, System
+from jtrunc.cells.model import reading_first
+from tests.reference import to_vector
 
 
 class Case(NamedTuple):
@@ -123,6 +127,68 @@ def exploding(length: int) -> Case:
 
     return Case(
         System(transition, loss), Params(jnp.float64(0.5)), jnp.float64(0), jnp.arange(1.0, length + 1)
+    )
+
+
+def elementwise(length: int, dtype: Any = jnp.float64) -> Case:
+    """Two leaky integrators and a complex phasor a unit: no unit reads another, nor anything but its past."""
+
+    def transition(theta: dict[str, jax.Array], hidden: dict[str, jax.Array], inputs: jax.Array) -> Any:
+        turned = jnp.exp(jax.lax.complex(-jnp.exp(theta["decay"]), theta["turn"])) * hidden["phasor"]
+        kept = jax.nn.sigmoid(theta["keep"])
+        return {
+            "leaky": jnp.tanh(kept * hidden["leaky"]) + theta["gain"] * inputs + hidden["phasor"].imag,
+            "phasor": turned + theta["gain"] * inputs,
+        }
+
+    def loss(params: Params, hidden: dict[str, jax.Array], inputs: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        read = params.readout * hidden["leaky"] + hidden["phasor"].real - 2 * hidden["phasor"].imag
+        return jnp.sum((read - inputs) ** 2), ()
+
+    generator = np.random.default_rng(6)
+    theta = {name: _normal(generator, 3, dtype=dtype) for name in ("decay", "turn", "keep", "gain")}
+    hidden = {
+        "leaky": jnp.zeros(3, dtype),
+        "phasor": jnp.full(3, 0.3 + 0.2j, jnp.result_type(dtype, jnp.complex64)),
+    }
+    params = Params(theta, _normal(generator, 3, dtype=dtype))
+    return Case(System(transition, loss), params, hidden, _normal(generator, length, 3, dtype=dtype))
+
+
+CELLS: dict[str, Callable[[int], cells.Cell]] = {
+    "tanh": lambda width: cells.tanh(2, width),
+    "leaky": lambda width: cells.leaky(2, width, rate=0.3),
+    "preactivation": lambda width: cells.preactivation(2, width, feedback=np.linspace(0.1, 0.8, width)),
+    "gru": lambda width: cells.gru(2, width),
+    "lstm": lambda width: cells.lstm(2, width),
+    "linear_recurrent": lambda width: cells.linear_recurrent(2, width, max_radius=0.95),
+    "stack": lambda width: cells.stack([cells.leaky(2, width, rate=0.3), cells.tanh(width, width)]),
+    "gated_stack": lambda width: cells.stack([cells.lstm(2, width), cells.gru(width, width)]),
+}
+
+
+def structured(name: str, length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
+    """A cell of the library with a linear readout, away from its initial zeros."""
+    model = cells.model(CELLS[name](width), 2, lambda prediction, target: jnp.sum((prediction - target) ** 2))
+    generator = np.random.default_rng(7)
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.2 * _normal(generator, *leaf.shape, dtype=dtype),
+        model.init(jax.random.key(3), dtype),
+    )
+    inputs = (_normal(generator, length, 2, dtype=dtype), _normal(generator, length, 2, dtype=dtype))
+    return Case(model.system, params, model.initial_hidden((), dtype), inputs)
+
+
+def exposed(case: Case) -> System:
+    """The transition of a case on inputs ``(inputs, weights)`` with the loss ℓₜ = weights · hₜ.
+
+    The gradient of one such step is the influence, seen through the weights.
+    """
+    system = case.system
+    return System(
+        lambda theta, hidden, inputs: system.transition(theta, hidden, inputs[0]),
+        lambda params, hidden, inputs: (inputs[1] @ to_vector(hidden), ()),
+        None if system.structure is None else reading_first(system.structure),
     )
 
 
