@@ -1,16 +1,18 @@
-"""Systems from systems and estimators from estimators: resets, and batches of independent streams."""
+"""Systems from systems, estimators from estimators: resets, Euler steps of a rate, batches of streams."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_same_state, check_system
-from jtrunc.structure import Wrapper, wrap_structure, wrap_transition
-from jtrunc.trees import is_concrete, strongly_typed
+from jtrunc.structure import Stack, Structure, Wrapper, transition_of, wrap_structure, wrap_transition
+from jtrunc.trees import is_concrete, partition_inexact, strongly_typed
 
 
 def with_resets(system: System, initial_hidden: PyTree) -> System:
@@ -18,7 +20,9 @@ def with_resets(system: System, initial_hidden: PyTree) -> System:
 
         h̃ₜ₋₁ = initial_hidden where resetₜ else hₜ₋₁,   hₜ = F(xₜ, h̃ₜ₋₁, θ)
 
-    A reset cuts state, gradient and influence alike: nothing flows back across it. The loss sees x.
+    A reset cuts state, gradient and influence alike: ∂hₜ/∂hₜ₋₁ is exactly 0 there, for every leaf and every
+    layer of a stack. The loss sees x. Integer and key leaves start anew too: noise drawn from a key in the
+    state is the same after every reset.
 
     Args:
       initial_hidden: a constant state like `hidden` (no gradient flows into it).
@@ -65,8 +69,73 @@ def _where_rows(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jnp.where(condition, on_true, on_false)
 
 
-def per_stream(estimator: GradientEstimator) -> GradientEstimator:
-    """B independent streams: `estimator` for each, with a key of its own; loss and gradient averaged.
+def continuous_time(system: System, time_step: float) -> System:
+    """Euler steps of a rate: from dh/dt = F(x, h, θ) to hₜ₊δₜ = hₜ + δt · F(xₜ, hₜ, θ).
+
+    Eq. 47 of the NoBackTrack paper (Ollivier, Tallec & Charpiat 2015): f = Id + δt·F. The error of the state
+    at a fixed time is O(δt). The loss is still a sum over steps; for an integral over time, put δt into it.
+
+    Integer and key leaves have no rate: for them F returns the new value. The layers of a stack step one
+    after the other, each reading the new state of the one below, as in eq. 39–42. Resets go around this:
+    ``with_resets(continuous_time(system, time_step), initial_hidden)``.
+
+    Args:
+      system: its transition returns dh/dt in the structure of `hidden`; its loss reads the new state.
+      time_step: δt > 0, in the unit of time of the rate.
+
+    Returns:
+      A `System` on the same inputs, with a structure where `system` has one.
+
+    Raises:
+      TypeError, ValueError: no `System`, or a time step that is no positive finite number; at trace time, a
+        rate unlike the state.
+
+    Example: exponential decay, two steps of half a time constant.
+
+      >>> decay = System(lambda theta, h, x: -theta * h, lambda params, h, x: (h, ()))
+      >>> from jtrunc import unroll
+      >>> one = jnp.float32(1)
+      >>> unroll(continuous_time(decay, 0.5), Params(one), one, jnp.zeros(2))[1][0].tolist()
+      [0.5, 0.25]
+    """
+    check_system("continuous_time", system)
+    if isinstance(time_step, bool) or not isinstance(time_step, Real):
+        raise TypeError(f"continuous_time: `time_step` must be a positive number, not {time_step!r}")
+    if not 0.0 < time_step < float("inf"):
+        raise ValueError(f"continuous_time: `time_step` must be positive and finite, not {time_step}")
+    time_step = float(time_step)  # a NumPy number would widen the state
+
+    def advance(hidden: PyTree, rate: PyTree) -> PyTree:
+        check_same_state("continuous_time: the rate", hidden, rate)
+        slopes, restore = partition_inexact(rate)
+        return restore([h + time_step * slope for h, slope in zip(_floats(hidden), slopes, strict=True)])
+
+    if isinstance(system.structure, Stack):
+        layers = tuple(_advancing(layer, advance) for layer in system.structure.layers)
+        stack = system.structure._replace(layers=layers)
+        return System(transition_of(stack), system.loss, stack)
+    return System(
+        transition=lambda theta, hidden, inputs: advance(hidden, system.transition(theta, hidden, inputs)),
+        loss=system.loss,
+        structure=None if system.structure is None else _advancing(system.structure, advance),
+    )
+
+
+def _floats(tree: PyTree) -> list[jax.Array]:
+    return partition_inexact(tree)[0]
+
+
+def _advancing(structure: Structure, advance: Callable[[PyTree, PyTree], PyTree]) -> Structure:
+    def combine(elementwise: PyTree, hidden: PyTree, inputs: PyTree, p: dict[str, jax.Array]) -> PyTree:
+        return advance(hidden, structure.combine(elementwise, hidden, inputs, p))
+
+    return structure._replace(combine=combine)
+
+
+def per_stream(
+    estimator: GradientEstimator, *, noise: Literal["independent", "shared"] = "independent"
+) -> GradientEstimator:
+    """B streams, `estimator` for each; loss and gradient averaged.
 
         g = 1/B · Σ_b g^b,   loss = 1/B · Σ_b loss^b
 
@@ -75,6 +144,9 @@ def per_stream(estimator: GradientEstimator) -> GradientEstimator:
 
     Args:
       estimator: on one stream, without a batch axis.
+      noise: "independent" splits the key, one for each stream. "shared" gives all streams the same, so that
+        they draw the same noise, or are cut at the same steps: as unbiased, but the errors no longer average
+        out, and the variance is up to B times as large.
 
     Returns:
       A `GradientEstimator`: `init` takes `hidden` with leading axis B and one key; `update` takes `inputs`
@@ -82,8 +154,11 @@ def per_stream(estimator: GradientEstimator) -> GradientEstimator:
       consumes the same, else (B,); `aux` has axis B in front.
 
     Raises:
-      ValueError: leaves of `hidden` without a common leading axis, or inputs without a second one.
+      ValueError: another `noise`, leaves of `hidden` without a common leading axis, or inputs without a
+        second one.
     """
+    if noise not in ("independent", "shared"):
+        raise ValueError(f'per_stream: `noise` must be "independent" or "shared", not {noise!r}')
 
     def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> Any:
         sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(hidden)}
@@ -95,6 +170,8 @@ def per_stream(estimator: GradientEstimator) -> GradientEstimator:
         if key is None:
             return jax.vmap(lambda hidden: estimator.init(params, hidden))(hidden)
         check_key("per_stream", key, random=True)
+        if noise == "shared":
+            return jax.vmap(lambda hidden: estimator.init(params, hidden, key))(hidden)
         keys = jax.random.split(key, next(iter(sizes))[0])
         return jax.vmap(lambda hidden, key: estimator.init(params, hidden, key))(hidden, keys)
 
