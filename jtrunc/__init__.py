@@ -17,6 +17,7 @@ from jtrunc.base import Estimate as Estimate
 from jtrunc.base import GradientEstimator as GradientEstimator
 from jtrunc.base import Params as Params
 from jtrunc.base import System as System
+from jtrunc.combinators import continuous_time as continuous_time
 from jtrunc.combinators import per_stream as per_stream
 from jtrunc.combinators import with_resets as with_resets
 
