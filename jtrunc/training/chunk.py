@@ -14,6 +14,8 @@ from jtrunc.base import GradientEstimator, Params, PyTree
 from jtrunc.training.seeds import SeedAxis, over_seeds
 from jtrunc.training.step import StepMetrics, TrainState, init_state, train_step
 from jtrunc.training.stream import Stream, window_at
+from jtrunc.training.sums import MetricSums, add_update, empty_rows, no_sums
+from jtrunc.trees import write_row
 
 
 class Program(NamedTuple):
@@ -23,7 +25,8 @@ class Program(NamedTuple):
       estimator: the gradient estimator.
       optimizer: any optax optimiser.
       window: steps of data that each update is given.
-      capacity: the most updates of one call of `run_chunk`.
+      capacity: the most lines of metrics of one call of `run_chunk`.
+      log_every: updates that a line sums up.
       seed_axis: how seeds are laid out.
     """
 
@@ -31,6 +34,7 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     window: int
     capacity: int
+    log_every: int = 1
     seed_axis: SeedAxis = SeedAxis.NONE
 
 
@@ -59,32 +63,46 @@ def init_chunk(
 @partial(jax.jit, static_argnums=0)
 def run_chunk(
     program: Program, state: TrainState, stream: Stream, num_updates: jax.Array
-) -> tuple[TrainState, StepMetrics]:
-    """`num_updates` ≤ `program.capacity` updates over the stream.
+) -> tuple[TrainState, MetricSums]:
+    """`num_updates` updates over the stream, in at most `program.capacity` lines.
 
-    The number of updates is data: one compilation serves every chunk, and where a run is cut into chunks
-    never changes a bit of it.
+    A line ends after each update whose number is a multiple of `program.log_every`, and with the chunk. Its
+    metrics are summed inside the loop: memory and what goes to the host depend on the lines, not on the
+    updates. The number of updates is data: one compilation serves every chunk, and where a run is cut into
+    chunks of whole lines never changes a bit of it.
 
     Returns:
-      The new state, and the metrics with a leading axis of `capacity` updates (behind the seeds), of which
-      the first `num_updates` hold.
+      The new state, and the sums of each line with a leading axis of `capacity` (behind the seeds), of which
+      as many hold as there are lines.
     """
 
-    def run(state: TrainState) -> tuple[TrainState, StepMetrics]:
+    def run(state: TrainState) -> tuple[TrainState, MetricSums]:
+        end = state.update + num_updates
+
         def update(state: TrainState) -> tuple[TrainState, StepMetrics]:
             inputs = window_at(stream.rows, state.cursor, program.window)
             state, metrics = train_step(program.estimator, program.optimizer, state, inputs)
             return state._replace(cursor=state.cursor % stream.length), metrics
 
-        def body(i: jax.Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
+        def sum_up(_: jax.Array, carry: tuple[TrainState, MetricSums]) -> tuple[TrainState, MetricSums]:
             state, metrics = update(carry[0])
-            put = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return state, jax.tree.map(put, carry[1], metrics)
+            return state, add_update(carry[1], metrics)
 
-        empty = jax.tree.map(
-            lambda row: jnp.zeros((program.capacity, *row.shape), row.dtype), jax.eval_shape(update, state)[1]
-        )
-        return jax.lax.fori_loop(0, num_updates, body, (state, empty))
+        def line(state: TrainState) -> tuple[TrainState, Any]:
+            if program.log_every == 1:  # summed behind the loop: inside it would cost half a microsecond
+                return update(state)
+            size = jnp.minimum(program.log_every - state.update % program.log_every, end - state.update)
+            return jax.lax.fori_loop(0, size, sum_up, (state, empty))
+
+        def body(carry: tuple[TrainState, Any, jax.Array]) -> Any:
+            state, row = line(carry[0])
+            return state, write_row(carry[1], carry[2], row), carry[2] + 1
+
+        empty = no_sums(jax.eval_shape(update, state)[1])
+        rows = empty_rows(jax.eval_shape(line, state)[1], program.capacity)
+        first = (state, rows, jnp.int32(0))
+        state, rows, _ = jax.lax.while_loop(lambda carry: carry[0].update < end, body, first)
+        return state, rows if program.log_every > 1 else jax.vmap(partial(add_update, empty))(rows)
 
     return over_seeds(run, program.seed_axis)(state)
 
@@ -92,14 +110,14 @@ def run_chunk(
 @partial(jax.jit, static_argnums=(0, 1))
 def lead_in_update(
     program: Program, size: int, state: TrainState, stream: Stream
-) -> tuple[TrainState, StepMetrics]:
+) -> tuple[TrainState, MetricSums]:
     """One update from a shorter window; the hidden state and the cursor stay where the stream begins."""
 
-    def run(state: TrainState) -> tuple[TrainState, StepMetrics]:
+    def run(state: TrainState) -> tuple[TrainState, MetricSums]:
         inputs = window_at(stream.rows, state.cursor, size)
         new, metrics = train_step(program.estimator, program.optimizer, state, inputs)
         held = new.estimator_state._replace(hidden=state.estimator_state.hidden)
-        row = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], metrics)
+        row = jax.tree.map(lambda leaf: leaf[None], add_update(no_sums(metrics), metrics))
         return new._replace(estimator_state=held, cursor=state.cursor), row
 
     return over_seeds(run, program.seed_axis)(state)

@@ -22,7 +22,7 @@ from jtrunc.training.signals import StopRequest, deferred_interrupt
 from jtrunc.training.step import TrainState
 from jtrunc.training.stream import circular, lead_in_ends, num_rows, window_at
 
-_UPDATES_AT_ONCE = 4096
+_LINES_AT_ONCE = 4096
 
 
 def train(
@@ -122,7 +122,7 @@ def train(
     shapes = jax.eval_shape(params, key) if callable(params) else params
     num_steps = static_num_steps(estimator, shapes, hidden, inputs)
     axis = SeedAxis.NONE if seed_numbers is None else SeedAxis.VMAP if num_steps else SeedAxis.MAP
-    program = Program(estimator, optimizer, window, log_every * max(1, _UPDATES_AT_ONCE // log_every), axis)
+    program = Program(estimator, optimizer, window, _LINES_AT_ONCE, log_every, axis)
     run_key = key if seed_numbers is None else jnp.stack([seed_key(key, seed) for seed in seed_numbers])
     init_params, first_params = (params, None) if callable(params) else (None, params)
     state = init_chunk(program, init_params, first_params, hidden, run_key)

@@ -18,8 +18,9 @@ from jtrunc.training.configuration import estimator_name
 from jtrunc.training.evaluate import evaluate
 from jtrunc.training.metrics import Line, MetricsFile, split_columns, train_columns
 from jtrunc.training.seeds import SeedAxis
-from jtrunc.training.step import StepMetrics, TrainState, describe_non_finite
+from jtrunc.training.step import TrainState, describe_non_finite
 from jtrunc.training.stream import Stream
+from jtrunc.training.sums import MetricSums, Sum
 
 _SECONDS_PER_CHUNK = 0.25
 
@@ -111,9 +112,9 @@ class Runner:
         start = time.monotonic()
         state, rows = self._compute(size)
         self._adapt_chunk_size(size, time.monotonic() - start)
-        bad = rows.non_finite.reshape(size, -1).any(axis=1)
-        if bad.any():
-            self._stop_before_damage(int(bad.argmax()), rows)
+        good = _num_good(rows)
+        if good < size:
+            self._stop_before_damage(good)
         self._accept(state, rows)
         options, due = self.options, self.finished
         if self.eval_data and (due or (options.eval_every and self.update % options.eval_every == 0)):
@@ -174,21 +175,25 @@ class Runner:
     def _next_size(self) -> int:
         """Updates of the next chunk: whole lines, and no step over an evaluation or a checkpoint."""
         options = self.options
-        size = min(max(self.chunk_size, 1), self.program.capacity)
-        end = -(-(self.update + size) // options.log_every) * options.log_every
+        end = -(-(self.update + max(self.chunk_size, 1)) // options.log_every)
+        end = min(end, self.update // options.log_every + self.program.capacity) * options.log_every
         for every in (options.eval_every, options.checkpoint_every):
             if every:
                 end = min(end, (self.update // every + 1) * every)
-        return min(end, options.num_updates, self.update + self.program.capacity) - self.update
+        return min(end, options.num_updates) - self.update
 
     def _adapt_chunk_size(self, size: int, seconds: float) -> None:
         if seconds < _SECONDS_PER_CHUNK / 2:
-            self.chunk_size = min(4 * max(size, self.chunk_size), self.program.capacity)
+            most = self.program.capacity * self.options.log_every
+            self.chunk_size = min(4 * max(size, self.chunk_size), most)
         elif seconds > 2 * _SECONDS_PER_CHUNK:
             self.chunk_size = max(1, size // 2)
 
-    def _compute(self, size: int) -> tuple[TrainState, StepMetrics]:
-        """`size` updates from the current state; metrics as NumPy arrays, (size,) or (size, seeds)."""
+    def _compute(self, size: int) -> tuple[TrainState, MetricSums]:
+        """`size` updates from the current state; their sums as NumPy arrays, (rows,) or (rows, seeds).
+
+        A row is a line of metrics, or an update of the lead-in, or what the lead-in left of a line.
+        """
         state, parts, done = self.state, [], 0
         for end in self.lead_in[self.update : self.update + size]:
             state, row = lead_in_update(self.program, end, state, self.stream)
@@ -196,18 +201,20 @@ class Runner:
             done += 1
         if done < size:
             state, rows = run_chunk(self.program, state, self.stream, jnp.int32(size - done))
-            parts.append(self._time_major(rows, size - done))
+            every = self.options.log_every
+            num_lines = (self.update + size - 1) // every - (self.update + done) // every + 1
+            parts.append(self._time_major(rows, num_lines))
         return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
-    def _time_major(self, rows: StepMetrics, size: int) -> StepMetrics:
+    def _time_major(self, rows: MetricSums, size: int) -> MetricSums:
         solo = self.program.seed_axis is SeedAxis.NONE
         rows = jax.device_get(rows)
         return jax.tree.map(lambda leaf: leaf[:size] if solo else leaf[:, :size].swapaxes(0, 1), rows)
 
-    def _accept(self, state: TrainState, rows: StepMetrics) -> None:
+    def _accept(self, state: TrainState, rows: MetricSums) -> None:
         block = self._lines(rows)
         self.state = state
-        self.update += len(rows.loss)
+        self.update = int(block["update"][-1])
         self.timesteps = block["timestep"][-1]
         self.last_loss = float(np.mean(block["loss"][-1]))
         self.blocks.append(block)
@@ -217,25 +224,27 @@ class Runner:
                 dict(zip(plain, values, strict=True)) for values in zip(*plain.values(), strict=True)
             )
 
-    def _lines(self, rows: StepMetrics) -> dict[str, np.ndarray]:
+    def _lines(self, rows: MetricSums) -> dict[str, np.ndarray]:
         """The chunk's metrics, one entry per line of `log_every` updates."""
-        updates = np.arange(self.update + 1, self.update + 1 + len(rows.loss))
-        starts = np.flatnonzero((updates == updates[0]) | ((updates - 1) % self.options.log_every == 0))
-        ends = np.append(starts[1:], len(updates)) - 1
-        counts = np.diff(np.append(starts, len(updates)))
+        counts = _counts(rows)
+        ends = self.update + np.cumsum(counts)
+        starts = np.flatnonzero(np.diff((ends - 1) // self.options.log_every, prepend=-1))
 
-        def total(values: Any, dtype: Any) -> np.ndarray:
+        def total(values: Any, dtype: Any = np.float64) -> np.ndarray:
+            if isinstance(values, Sum):
+                values = values.total.astype(dtype) + values.rest
             return np.add.reduceat(values.astype(dtype), starts, axis=0)
 
-        def mean(values: Any) -> np.ndarray:
-            return total(values, np.float64) / counts.reshape(-1, *(1,) * (values.ndim - 1))
+        def mean(values: Sum) -> np.ndarray:
+            sums = total(values)
+            return sums / np.add.reduceat(counts, starts).reshape(-1, *(1,) * (sums.ndim - 1))
 
         num_steps = total(rows.num_steps, np.int64)
         return {
-            "update": updates[ends],
+            "update": ends[np.append(starts[1:], len(ends)) - 1],
             "timestep": self.timesteps + np.cumsum(num_steps, axis=0),
             "num_steps": num_steps,
-            "loss": total(rows.loss, np.float64) / num_steps,
+            "loss": total(rows.loss) / num_steps,
             "grad_norm": mean(rows.grad_norm),
             **{name: mean(values) for name, values in rows.diagnostics.items()},
         }
@@ -258,19 +267,20 @@ class Runner:
         if self.output is not None:
             self.output.metrics.append(lines)
 
-    def _stop_before_damage(self, good: int, rows: StepMetrics) -> None:
+    def _stop_before_damage(self, good: int) -> None:
         """Redo the `good` updates before the damage (the chunk's first state is still there), save, raise."""
-        bits = np.atleast_1d(rows.non_finite[good])
+        if good:
+            self._accept(*self._compute(good))
+        self.save()
+        row = self._compute(1)[1]
+        bits = np.atleast_1d(row.non_finite[0])
         position = int(np.flatnonzero(bits)[0])
-        timesteps = np.atleast_1d(self.timesteps + rows.num_steps[: good + 1].astype(np.int64).sum(axis=0))
+        timesteps = np.atleast_1d(self.timesteps + row.num_steps[0].astype(np.int64))
         seed = (
             ""
             if self.seeds is None
             else f", seed {', '.join(str(self.seeds[i]) for i in np.flatnonzero(bits))}"
         )
-        if good:
-            self._accept(*self._compute(good))
-        self.save()
         kept = "" if self.output is None else f" and in {self.output.checkpoints}"
         raise NonFiniteError(
             f"{describe_non_finite(int(bits[position]))} not finite at update {self.update + 1}, timestep "
@@ -279,3 +289,16 @@ class Runner:
             "the gradients",
             self.result(),
         )
+
+
+def _counts(rows: MetricSums) -> np.ndarray:
+    """Updates in each row; all seeds agree."""
+    return np.asarray(rows.num_updates, np.int64).reshape(len(rows.num_updates), -1)[:, 0]
+
+
+def _num_good(rows: MetricSums) -> int:
+    """Updates before the first that is not finite in any seed."""
+    counts = _counts(rows)
+    good = rows.good.reshape(len(counts), -1).min(axis=1)
+    first = int(np.argmax(np.append(good < counts, True)))
+    return int(counts[:first].sum() + (good[first] if first < len(counts) else 0))

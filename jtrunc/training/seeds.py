@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import GradientEstimator, Params, PyTree
-from jtrunc.training.step import StepMetrics, TrainState
+from jtrunc.training.step import TrainState
+from jtrunc.training.sums import MetricSums
 
-Run = Callable[[TrainState], tuple[TrainState, StepMetrics]]
+Run = Callable[[TrainState], tuple[TrainState, MetricSums]]
 
 
 class SeedAxis(enum.Enum):

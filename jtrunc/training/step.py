@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from jtrunc.base import GradientEstimator, Params, PyTree
-from jtrunc.trees import is_inexact
+from jtrunc.optimizers import feed_metric
+from jtrunc.trees import is_inexact, strongly_typed
 
 MAX_TIMESTEP = np.iinfo(np.int32).max
 """`TrainState.timestep` stops here and never wraps to a negative number."""
@@ -80,11 +81,9 @@ def init_state(
     """
     params_key, estimator_key = jax.random.split(key)
     chosen = params(params_key) if callable(params) else params
-    zero = jnp.int32(0)
-    state = TrainState(
-        chosen, optimizer.init(chosen), estimator.init(chosen, hidden, estimator_key), zero, zero, zero
-    )
-    return jax.tree.map(_strong, state)
+    opt_state, zero = optimizer.init(chosen), jnp.int32(0)
+    estimator_state = feed_metric(estimator.init(chosen, hidden, estimator_key), opt_state)
+    return strongly_typed(TrainState(chosen, opt_state, estimator_state, zero, zero, zero))
 
 
 def train_step(
@@ -96,7 +95,8 @@ def train_step(
     """One update: ``estimate = estimator.update(...)``, then the optimiser on ``estimate.grads``.
 
     The optimiser gets ``timestep``, the last timestep of this window, as an extra argument (errata 5);
-    optimisers that do not know it ignore it. Pure: jit it with ``static_argnums=(0, 1)``.
+    optimisers that do not know it ignore it. An estimator that scales by the optimiser's Kalman metric gets
+    the new one (`jtrunc.optimizers.feed_metric`). Pure: jit it with ``static_argnums=(0, 1)``.
 
     Args:
       estimator: the gradient estimator.
@@ -114,6 +114,7 @@ def train_step(
     with_extra = optax.with_extra_args_support(optimizer)
     updates, opt_state = with_extra.update(estimate.grads, state.opt_state, state.params, timestep=timestep)
     params: Any = optax.apply_updates(state.params, updates)
+    estimator_state = feed_metric(estimator_state, opt_state)
     new_state = TrainState(
         params, opt_state, estimator_state, state.cursor + num_steps, state.update + 1, timestep
     )
@@ -143,22 +144,21 @@ def describe_non_finite(bits: int) -> str:
 
 
 def _non_finite(*trees: PyTree) -> jax.Array:
-    # isfinite().all() and no max: XLA's max reduction on CPU drops NaN.
     bits = jnp.int32(0)
     for i, tree in enumerate(trees):
-        finite = [jnp.isfinite(leaf).all() for leaf in _inexact_leaves(tree)]
-        if finite:
-            bits = bits + jnp.where(jnp.stack(finite).all(), jnp.int32(0), jnp.int32(1 << i))
+        for leaf in _inexact_leaves(tree):
+            bits = bits | _any_non_finite(leaf) << i
     return bits
+
+
+def _any_non_finite(leaf: jax.Array) -> jax.Array:
+    """int32, 1 if any entry is NaN or infinite, else 0.
+
+    Integers, because XLA on CPU reduces booleans an entry at a time; and no `max` of the floats themselves,
+    which drops NaN there.
+    """
+    return jax.lax.reduce_or((~jnp.isfinite(leaf)).astype(jnp.int32), tuple(range(jnp.ndim(leaf))))
 
 
 def _inexact_leaves(tree: PyTree) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-
-
-def _strong(leaf: Any) -> jax.Array:
-    """The leaf as an array of its dtype, without a weak type."""
-    array = jnp.asarray(leaf)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return array
-    return jax.lax.convert_element_type(array, array.dtype)
