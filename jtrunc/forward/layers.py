@@ -1,0 +1,157 @@
+"""A structured system as layers, bottom first: one `Structure` is a stack of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.base import PyTree
+from jtrunc.coordinates import Coordinates
+from jtrunc.forward.structured import (
+    Units,
+    UnitStep,
+    pull_weights,
+    state_jacobian,
+    theta_cotangent,
+    unit_step,
+    units_of,
+)
+from jtrunc.linearize import transposed
+from jtrunc.structure import Stack, Structure, transition_of
+from jtrunc.trees import partition_inexact
+
+
+class Layers(NamedTuple):
+    """The layers of a structured system.
+
+    Attributes:
+      units: one `Units` a layer.
+      stack: the `Stack`, or None where there is one layer and θ and hidden are not tuples.
+    """
+
+    units: tuple[Units, ...]
+    stack: Stack | None
+
+    def split(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """θ or hidden, layer by layer."""
+        return (tree,) if self.stack is None else tuple(tree)
+
+    def join(self, trees: list[PyTree] | tuple[PyTree, ...]) -> PyTree:
+        """The inverse of `split`."""
+        return trees[0] if self.stack is None else tuple(trees)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """S of each layer."""
+        return tuple(units.parts * units.width for units in self.units)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each layer begins in the vector of the whole state."""
+        return tuple(sum(self.sizes[:depth]) for depth in range(len(self.units)))
+
+
+def layers_of(structure: Any, theta: PyTree, hidden: PyTree) -> Layers | None:
+    """The layers of a structure on one row of state, or None where the forward shortcuts do not apply."""
+    if isinstance(structure, Structure):
+        units = units_of(structure, theta, hidden)
+        return None if units is None else Layers((units,), None)
+    if not isinstance(structure, Stack):
+        return None
+    found = [units_of(*layer) for layer in zip(structure.layers, theta, hidden, strict=True)]
+    known = tuple(units for units in found if units is not None)
+    return Layers(known, structure) if len(known) == len(found) else None
+
+
+class LayerStep(NamedTuple):
+    """One layer's part of a step.
+
+    Attributes:
+      units: the layer.
+      theta: its parameters.
+      hidden: its state before the step.
+      inputs: what it read: the outputs of the layer below, or the inputs of the system.
+      step: its linearised step.
+      by_below: (S, S₀ + S₁ + …): its new state by the new states of all layers below, or None.
+    """
+
+    units: Units
+    theta: PyTree
+    hidden: PyTree
+    inputs: PyTree
+    step: UnitStep
+    by_below: Callable[[], jax.Array] | None
+
+
+def layer_steps(layers: Layers, theta: PyTree, hidden: PyTree, inputs: PyTree) -> list[LayerStep]:
+    """Runs and linearises one step, layer by layer."""
+    steps: list[LayerStep] = []
+    thetas, hiddens = layers.split(theta), layers.split(hidden)
+    for depth, units in enumerate(layers.units):
+        below = tuple(step.step.hidden for step in steps)
+        inputs_here = _inputs_of(layers, depth, below, inputs)
+        step = unit_step(units, thetas[depth], hiddens[depth], inputs_here)
+        by_below = None
+        if depth:
+            by_below = _jacobian_below(layers, depth, thetas[depth], hiddens[depth], below, inputs)
+        steps.append(LayerStep(units, thetas[depth], hiddens[depth], inputs_here, step, by_below))
+    return steps
+
+
+def _inputs_of(layers: Layers, depth: int, below: tuple[PyTree, ...], inputs: PyTree) -> PyTree:
+    """What a layer reads, from the new states of those below."""
+    if layers.stack is not None:
+        for output, hidden in zip(layers.stack.outputs[:depth], below, strict=True):
+            inputs = layers.stack.pass_up(inputs, output(hidden))
+    return inputs
+
+
+def _jacobian_below(
+    layers: Layers, depth: int, theta: PyTree, hidden: PyTree, below: tuple[PyTree, ...], inputs: PyTree
+) -> Callable[[], jax.Array]:
+    transition = transition_of(layers.units[depth].structure)
+    space, below_space = Coordinates.of(hidden), Coordinates.of(below)
+    leaves, restore = partition_inexact(below)
+
+    def run(leaves: list[jax.Array]) -> list[jax.Array]:
+        inputs_here = _inputs_of(layers, depth, restore(leaves), inputs)
+        return partition_inexact(transition(theta, hidden, inputs_here))[0]
+
+    def jacobian() -> jax.Array:
+        pull = transposed(run, leaves)
+        rows = jnp.eye(space.size, dtype=space.dtype)
+        return jax.vmap(lambda row: below_space.cotangent_vector(pull(space.cotangents(row))))(rows)
+
+    return jacobian
+
+
+def layer_jacobians(layers: Layers, steps: list[LayerStep]) -> tuple[jax.Array, jax.Array]:
+    """L and diag(D₁, D₂, …), both (S, S).
+
+    L is unit lower triangular by blocks: the total derivative of the new states by what each layer adds to
+    its own, Lₗₘ = Σ_k (∂hₗ/∂h_k) L_km over the layers k below l.
+    """
+    dtype = jnp.result_type(*[step.step.by_hidden for step in steps])
+    total, starts = sum(layers.sizes), layers.starts
+    upward, own = jnp.eye(total, dtype=dtype), jnp.zeros((total, total), dtype)
+    for step, start, size in zip(steps, starts, layers.sizes, strict=True):
+        jacobian = state_jacobian(step.units, step.step, step.hidden, step.inputs)
+        if len(steps) == 1:
+            return upward, jacobian
+        own = own.at[start : start + size, start : start + size].set(jacobian)
+        if step.by_below is not None:
+            below = step.by_below() @ upward[:start]
+            upward = upward.at[start : start + size].add(below)
+    return upward, own
+
+
+def pull_layers(layers: Layers, steps: list[LayerStep], cotangent: jax.Array) -> PyTree:
+    """``c -> cᵀ I_local``, a tree like θ: each layer's own parameters by its own new state."""
+    parts = []
+    for step, start, size in zip(steps, layers.starts, layers.sizes, strict=True):
+        weights = pull_weights(step.units, step.step, cotangent[start : start + size])
+        parts.append(theta_cotangent(step.units, step.theta, weights))
+    return layers.join(parts)

@@ -1,0 +1,42 @@
+"""Random signs and what else may stand for them: zero mean, identity covariance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Noise = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+"""``(key, shape, dtype) -> array`` of independent numbers with mean 0 and variance 1."""
+
+
+def rademacher(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Independent signs ±1 with equal probability: of all unit-variance noises the one of least kurtosis.
+
+    Example:
+
+      >>> rademacher(jax.random.key(0), (4,), "float32").tolist()
+      [1.0, 1.0, -1.0, -1.0]
+    """
+    return jax.random.rademacher(key, shape, dtype)
+
+
+def check_noise(owner: str, noise: Any) -> None:
+    """A function, or a clear error."""
+    if not callable(noise):
+        raise TypeError(
+            f"{owner}: `noise` must be a function (key, shape, dtype) -> array, not {type(noise).__name__}; "
+            "leave it out for random signs"
+        )
+
+
+def draw_noise(owner: str, noise: Noise, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """One draw, of the shape that was asked for."""
+    drawn = noise(key, shape, dtype)
+    if getattr(drawn, "shape", None) != shape:
+        raise ValueError(
+            f"{owner}: `noise` returned shape {getattr(drawn, 'shape', None)} instead of {shape}; "
+            "return noise(key, shape, dtype) of the shape that it is given"
+        )
+    return drawn.astype(dtype)

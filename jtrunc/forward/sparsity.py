@@ -1,0 +1,266 @@
+"""Which parameters touch which coordinate of the state: found once, from the program, never from values.
+
+A pattern is a property of the transition's graph: it holds for all values, so that one-hot inputs and dead
+units erase nothing of it. Rows of ∂F/∂θ that share no parameter get one colour and cost one vjp together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtrunc.base import PyTree, Transition
+from jtrunc.coordinates import Coordinates
+from jtrunc.trees import is_key, partition_inexact
+
+
+class Pattern(NamedTuple):
+    """The structural nonzeros of one transition.
+
+    Attributes:
+      by_theta: (S, P) booleans, P = entries of θ (a complex entry is one).
+      by_hidden: (S, S) booleans.
+    """
+
+    by_theta: np.ndarray
+    by_hidden: np.ndarray
+
+
+def pattern_of(transition: Transition, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Pattern:
+    """The pattern of ∂F/∂θ and ∂F/∂h.
+
+    Raises:
+      ImportError: the optional package that reads it off the program is missing.
+    """
+    arguments = (theta, hidden, inputs)
+    avals = tuple((leaf.shape, leaf.dtype) for leaf in map(_as_aval, jax.tree.leaves(arguments)))
+    return _pattern(transition, avals, jax.tree.structure(arguments))
+
+
+def _as_aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        jnp.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    )
+
+
+@lru_cache(maxsize=32)
+def _pattern(transition: Transition, avals: tuple[Any, ...], treedef: Any) -> Pattern:
+    try:
+        from asdex import jacobian_sparsity
+    except ImportError as error:
+        raise ImportError(
+            "the sparsity of a transition without a declared structure is read off by asdex: "
+            "install jtrunc[sparsity], declare `System.structure`, or take an estimator that needs no "
+            "sparsity (uoro, rtrl)"
+        ) from error
+
+    with jax.ensure_compile_time_eval():
+        raw = [_zeros(shape, dtype) for shape, dtype in avals]
+        theta, hidden, inputs = jax.tree.unflatten(treedef, raw)
+        theta_space, hidden_space = Coordinates.of(theta), Coordinates.of(hidden)
+
+        def run(theta_vector: Any, hidden_vector: Any, rest: Any, inputs: Any) -> jax.Array:
+            theta_new = _with_vector(theta, theta_space, theta_vector)
+            hidden_new = _with_vector(_keyed(rest, treedef, avals, 1), hidden_space, hidden_vector)
+            new = transition(theta_new, hidden_new, _keyed(inputs, treedef, avals, 2))
+            return hidden_space.tangent_vector(partition_inexact(new)[0])
+
+        arguments = (
+            jnp.zeros(theta_space.size, theta_space.dtype),
+            jnp.zeros(hidden_space.size, hidden_space.dtype),
+            hidden,
+            inputs,
+        )
+        found = [jacobian_sparsity(run, *arguments, argnums=argument) for argument in (0, 1)]
+    by_theta, by_hidden = (_dense(pattern) for pattern in found)
+    return Pattern(_merge_complex(by_theta, theta_space), by_hidden)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A leaf, keys as their raw data: patterns are read off plain arrays."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key_data(jax.random.key(0)), (*shape, 2))
+    return jnp.zeros(shape, dtype)
+
+
+def _keyed(tree: PyTree, treedef: Any, avals: tuple[Any, ...], argument: int) -> PyTree:
+    """Raw key data wrapped again, where the argument of the transition had keys."""
+    template = jax.tree.unflatten(treedef, list(avals_as_leaves(avals)))[argument]
+    return jax.tree.map(
+        lambda leaf, aval: jax.random.wrap_key_data(leaf) if is_key(aval) else leaf, tree, template
+    )
+
+
+def avals_as_leaves(avals: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes as leaves of a tree."""
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals]
+
+
+def _with_vector(tree: PyTree, space: Coordinates, vector: jax.Array) -> PyTree:
+    return partition_inexact(tree)[1](space.tangents(vector))
+
+
+def _dense(pattern: Any) -> np.ndarray:
+    dense = np.zeros(pattern.shape, bool)
+    dense[pattern.rows, pattern.cols] = True
+    return dense
+
+
+def _merge_complex(by_theta: np.ndarray, space: Coordinates) -> np.ndarray:
+    """Columns of real and imaginary parts as one column a complex entry."""
+    blocks, start = [], 0
+    for leaf in space.leaves:
+        block = by_theta[:, start : start + leaf.size]
+        start += leaf.size
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            block = block | by_theta[:, start : start + leaf.size]
+            start += leaf.size
+        blocks.append(block)
+    return np.concatenate(blocks, axis=1)
+
+
+def colours_of(pattern: np.ndarray) -> np.ndarray:
+    """(S,) colours, greedily: rows of one colour have no column in common."""
+    taken: list[np.ndarray] = []
+    colours = np.zeros(len(pattern), np.int32)
+    for row, columns in enumerate(pattern):
+        free = [colour for colour, used in enumerate(taken) if not (used & columns).any()]
+        if not free:
+            free = [len(taken)]
+            taken.append(np.zeros(pattern.shape[1], bool))
+        colours[row] = free[0]
+        taken[free[0]] |= columns
+    return colours
+
+
+def owners_of(pattern: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """(colours, P): the row that touches a parameter among those of a colour, or S where none does."""
+    owners = np.full((colours.max(initial=0) + 1, pattern.shape[1]), len(pattern), np.int32)
+    for row, columns in enumerate(pattern):
+        owners[colours[row], columns] = row
+    return owners
+
+
+class SparseRows(NamedTuple):
+    """The rows wᵢ of I = ∂F/∂θ, compressed.
+
+    Attributes:
+      trees: one tree like θ for each colour: the entries of all rows of that colour, which do not overlap.
+      sum_by_row: ``(colour, tree) -> (S,)``: sums of a real tree like θ over what each row owns.
+      pull: ``c -> Σᵢ cᵢ wᵢ``.
+      owners: for each colour, which row owns each entry of each leaf of θ (S: none), where that is known.
+    """
+
+    trees: list[PyTree]
+    sum_by_row: Callable[[int, PyTree], jax.Array]
+    pull: Callable[[jax.Array], PyTree]
+    owners: list[list[np.ndarray]] | None = None
+
+    def squared_norms(self, weights: PyTree | None = None) -> jax.Array:
+        """Σ_p weights_p |w_{i,p}|² for every row, (S,)."""
+        return sum_over_colours(self, self.trees, self.trees, weights)
+
+
+def sum_over_colours(
+    rows: SparseRows, lefts: list[PyTree], rights: list[PyTree], weights: PyTree | None = None
+) -> jax.Array:
+    """⟨left, right⟩ row by row, (S,), with a tree of weights or none."""
+    total: Any = None
+    for colour, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        products = jax.tree.map(lambda a, b: (a * jnp.conj(b)).real, left, right)
+        if weights is not None:
+            products = jax.tree.map(jnp.multiply, products, weights)
+        sums = rows.sum_by_row(colour, products)
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
+
+
+def sparse_rows(
+    transition: Transition,
+    theta: PyTree,
+    hidden: PyTree,
+    inputs: PyTree,
+    pull: Callable[[jax.Array], PyTree],
+) -> SparseRows:
+    """The rows of I from one vjp a colour."""
+    pattern = pattern_of(transition, theta, hidden, inputs).by_theta
+    colours = colours_of(pattern)
+    owners = owners_of(pattern, colours)
+    space = Coordinates.of(hidden)
+    leaves, treedef = jax.tree.flatten(theta)
+    stops = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
+    owner_leaves = [
+        [part.reshape(np.shape(leaf)) for part, leaf in zip(np.split(row, stops), leaves, strict=True)]
+        for row in owners
+    ]
+    trees = [pull(jnp.asarray(colours == colour, space.dtype)) for colour in range(len(owners))]
+
+    def sum_by_row(colour: int, tree: PyTree) -> jax.Array:
+        total = jnp.zeros(space.size + 1, space.dtype)
+        for leaf, owner in zip(jax.tree.leaves(tree), owner_leaves[colour], strict=True):
+            leaf, owner = _reduced(leaf, owner)
+            total = total.at[owner].add(leaf.astype(space.dtype))
+        return total[:-1]
+
+    def pull_rows(cotangent: jax.Array) -> PyTree:
+        padded = jnp.append(cotangent, jnp.zeros(1, cotangent.dtype))
+        total: Any = None
+        for tree, owner in zip(trees, owner_leaves, strict=True):
+            terms = [
+                (_spread(padded, own) * leaf).astype(leaf.dtype)
+                for leaf, own in zip(jax.tree.leaves(tree), owner, strict=True)
+            ]
+            total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
+        return jax.tree.unflatten(treedef, total)
+
+    return SparseRows(trees, sum_by_row, pull_rows, owner_leaves)
+
+
+def _by_column(owner: np.ndarray) -> bool:
+    """Whether the owner depends on the last axis alone, as it does for the kernel of an affine map."""
+    return owner.ndim > 1 and bool((owner == owner[(0,) * (owner.ndim - 1)]).all())
+
+
+def _reduced(leaf: jax.Array, owner: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+    if _by_column(owner):
+        return jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1))), owner[(0,) * (owner.ndim - 1)]
+    return leaf, owner
+
+
+def _spread(padded: jax.Array, owner: np.ndarray) -> jax.Array:
+    if _by_column(owner):
+        row = padded[owner[(0,) * (owner.ndim - 1)]]
+        return jnp.expand_dims(row, tuple(range(owner.ndim - 1)))
+    return padded[owner]
+
+
+def has_sparsity() -> bool:
+    """Whether patterns can be read off programs here."""
+    return importlib.util.find_spec("asdex") is not None
+
+
+def immediate_rows(
+    transition: Transition,
+    theta: PyTree,
+    hidden: PyTree,
+    inputs: PyTree,
+    pull: Callable[[jax.Array], PyTree],
+) -> PyTree:
+    """I = ∂F/∂θ as a tree of rows, leaves (S, ...), from one vjp a colour."""
+    sparse = sparse_rows(transition, theta, hidden, inputs, pull)
+    size = Coordinates.of(hidden).size
+    total: Any = None
+    for tree, owner in zip(sparse.trees, sparse.owners or [], strict=True):
+        rows = [
+            jnp.where(jnp.arange(size).reshape(-1, *[1] * own.ndim) == own[None], leaf[None], 0)
+            for leaf, own in zip(jax.tree.leaves(tree), owner, strict=True)
+        ]
+        total = rows if total is None else [a + b for a, b in zip(total, rows, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(theta), total)

@@ -1,0 +1,107 @@
+"""Many steps of an exact influence at once.
+
+With fixed θ the recursion needs no pass over J at every step. From h₀ to h_T and to the loss L of the window,
+
+    J_T = (∂h_T/∂h₀) J₀ + ∂h_T/∂θ,   g = ∂L/∂θ + (∂L/∂h₀) J₀
+
+where all derivatives are those of the window by itself: S + 1 cotangents pulled back together through its T
+steps. J is read and written once a window instead of once a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.backward.unroll import weighted_unroll
+from jtrunc.base import Params, PyTree, System
+from jtrunc.coordinates import Coordinates
+from jtrunc.forward.influence import ForwardState, StepEstimate
+from jtrunc.linearize import linear_map_with_transpose
+from jtrunc.trees import (
+    accumulator,
+    add_into,
+    concatenate,
+    num_time_steps,
+    partition_inexact,
+    split_at,
+    wide_dtype,
+)
+
+
+def rows_like(theta: PyTree, space: Coordinates) -> PyTree:
+    """Zeros for one row like θ for every coordinate of the state: leaves (S, ...), at least float32."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((space.size, *leaf.shape), jnp.promote_types(leaf.dtype, space.dtype)), theta
+    )
+
+
+def multiply(matrix: jax.Array, rows: PyTree) -> PyTree:
+    """``M J`` for a matrix (R, S) and rows with leaves (S, ...)."""
+
+    def product(leaf: jax.Array) -> jax.Array:
+        return (matrix @ leaf.reshape(leaf.shape[0], -1)).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(product, rows)
+
+
+def split_last(rows: PyTree) -> tuple[PyTree, PyTree]:
+    """All rows but the last, and the last."""
+    return jax.tree.map(lambda leaf: leaf[:-1], rows), jax.tree.map(lambda leaf: leaf[-1], rows)
+
+
+def exact_window(
+    system: System, params: Params, state: ForwardState, inputs: PyTree
+) -> tuple[StepEstimate, ForwardState]:
+    """A window of any length in chunks of about S steps, so that memory stays that of J."""
+    length = num_time_steps(inputs)
+    span = min(length, max(16, Coordinates.of(state.hidden).size))
+    ragged, rest = split_at(inputs, length % span)
+    estimates = []
+    grads = accumulator(params)
+    if length % span:
+        (loss, first, aux), state = _chunk(system, params, state, ragged)
+        grads = add_into(grads, first)
+        estimates.append((loss[None], aux))
+    if length >= span:
+        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, span, *leaf.shape[1:]), rest)
+
+        def body(carry: Any, chunk: PyTree) -> tuple[Any, Any]:
+            state, total = carry
+            (loss, grads, aux), state = _chunk(system, params, state, chunk)
+            return (state, add_into(total, grads)), (loss, aux)
+
+        (state, grads), (losses, aux) = jax.lax.scan(body, (state, grads), chunks)
+        aux = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
+        estimates.append((losses, aux))
+    losses = jnp.concatenate([losses for losses, _ in estimates])
+    aux = concatenate([aux for _, aux in estimates])
+    return StepEstimate(jnp.sum(losses), grads, aux), state
+
+
+def _chunk(
+    system: System, params: Params, state: ForwardState, inputs: PyTree
+) -> tuple[StepEstimate, ForwardState]:
+    space = Coordinates.of(state.hidden)
+    leaves, restore = partition_inexact(state.hidden)
+
+    def run(params: Params, leaves: list[jax.Array]) -> tuple[Any, Any]:
+        hidden, (losses, aux) = weighted_unroll(system, params, restore(leaves), inputs)
+        loss = jnp.sum(losses, dtype=wide_dtype(losses))
+        return (partition_inexact(hidden)[0], loss), (hidden, loss, aux)
+
+    _, pull, (hidden, loss, aux) = linear_map_with_transpose(run, params, leaves)
+
+    def pull_row(row: jax.Array, loss_bar: jax.Array) -> tuple[Params, jax.Array]:
+        params_bar, leaves_bar = pull((space.cotangents(row), loss_bar))
+        return params_bar, space.cotangent_vector(leaves_bar)
+
+    rows = jnp.eye(space.size, dtype=space.dtype)
+    inside, jacobian = jax.vmap(lambda row: pull_row(row, jnp.zeros_like(loss)))(rows)
+    direct, to_start = pull_row(jnp.zeros_like(rows[0]), jnp.ones_like(loss))
+    moved, through = split_last(multiply(jnp.concatenate([jacobian, to_start[None]]), state.influence))
+    influence = jax.tree.map(lambda a, b: a + b.astype(a.dtype), moved, inside.recurrent)
+    recurrent = jax.tree.map(lambda a, b: a + b.astype(a.dtype), through, direct.recurrent)
+    return StepEstimate(loss, Params(recurrent, direct.readout), aux), ForwardState(hidden, influence)
