@@ -150,8 +150,10 @@ def test_the_metric_is_found_in_nested_states() -> None:
     metric = metric_of(state)
     np.testing.assert_allclose(metric.scales.readout["bias"], 1 / (5 + gradient.readout["bias"] ** 2))
 
-    injected = optax.inject_hyperparams(qdop)(prior=3.0, decay=0.1)
-    updates, state = step(injected, gradient)
+    injected = optax.inject_hyperparams(qdop)(prior=9.0, decay=0.1)
+    start: Any = injected.init(params)
+    start.hyperparams["prior"] = jnp.float64(3.0)  # the prior is data there, and may change
+    updates, state = step(injected, gradient, start)
     assert_close(metric_of(state).scales.recurrent, metric.scales.recurrent, rtol=1e-12)
     assert_close(updates.recurrent, expected.recurrent, rtol=1e-12)
 
