@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jtrunc.experiments import parts
 from jtrunc.tasks import counting
 
 RANGES = [(1, 32), (1, 2), (3, 7), (10, 11)]
@@ -152,3 +153,12 @@ ERRORS = [
 def test_bad_input(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_command_line_knows_it() -> None:
+    tokens = parts.TASKS["anbn"](None, shortest=2, longest=3, steps=800)
+    train, valid, test = (part(2)[0] for part in (tokens.train, tokens.valid, tokens.test))
+    assert train.shape == (400, 2) and valid.shape == test.shape == (100, 2)
+    assert (valid != test).any() and tokens.num_classes == 3 and tokens.vocabulary is not None
+    assert set(read(tokens.vocabulary.decode(np.asarray(train)[:, 0]))) == {2, 3}
+    assert "0.1429 bits a character, of aⁿbᵖ 0.2857" in tokens.summary

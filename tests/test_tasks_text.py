@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jtrunc.experiments import parts
 from jtrunc.tasks import corpora, text
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -138,9 +139,41 @@ def test_penn_treebank_is_the_published_one() -> None:
     assert int((corpus.valid == corpus.vocabulary.symbols.index("\n")).sum()) == 3370
 
 
+def test_any_shakespeare_is_read_and_its_hash_told(tmp_path: Path) -> None:
+    folder = write(tmp_path, hamlet_txt="To be, or not to be" * 9, macbeth_txt="Tomorrow", notes_md="no")
+    corpus = corpora.shakespeare(folder)
+    content = "To be, or not to be" * 9 + "Tomorrow"
+    assert corpus.source.num_files == 2 and corpus.source.num_characters == len(content)
+    assert f"2 files, {len(content)} characters" in parts.TASKS["shakespeare"](folder).summary
+    assert corpus.source.sha256 == hashlib.sha256(content.encode()).hexdigest()
+    assert corpora.shakespeare(folder / "hamlet.txt", max_characters=100).source.num_characters == 100
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "tinyshakespeare/input.txt"])
+def test_tinyshakespeare_must_be_the_one(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("To be, or not to be" * 9)
+    for place in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"is not tinyshakespeare: .*86c4e6aa.*verify=False"):
+            corpora.shakespeare(place)
+    assert corpora.shakespeare(path, verify=False).source.num_files == 1
+    path.rename(path.with_name("sonnets.txt"))
+    assert name.count("/") or corpora.shakespeare(tmp_path).source.num_files == 1
+
+
+def test_no_shakespeare(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none.txt does not exist; .*gutenberg.*char-rnn"):
+        corpora.shakespeare(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="task 'shakespeare' needs --data"):
+        parts.TASKS["shakespeare"](None)
+    with pytest.raises(ValueError, match=r"no file that matches '\*.txt'"):
+        corpora.shakespeare(tmp_path)
+
+
 @needs_data
-def test_shakespeare() -> None:
-    corpus = corpora.characters(DATA / "shakespeare" / "tinyshakespeare.txt")
+def test_tinyshakespeare() -> None:
+    corpus = corpora.shakespeare(DATA / "shakespeare")
     assert corpus.source.num_characters == 1_115_394
     assert corpus.source.sha256.startswith("86c4e6aa")
     assert corpus.vocabulary.size == 65 + 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ import jax
 import optax
 
 import jtrunc
-from jtrunc import cells
-from jtrunc.tasks import copying, corpora, synthetic_language, text
+from jtrunc import cells, tasks
+from jtrunc.tasks import copying, corpora, counting, synthetic_language, text
 
 HIT_PROBABILITY = 1e-5
 """A default look-ahead is so long that a window of ARTBP is longer with this probability."""
@@ -69,39 +70,65 @@ def penn_treebank(data: Path | None, *, verify: bool = True) -> Tokens:
     return _of_corpus(corpora.penn_treebank(data, verify=verify))
 
 
+def shakespeare(
+    data: Path | None, *, max_characters: int = 0, pattern: str = "*.txt", verify: bool = True
+) -> Tokens:
+    """Characters of Shakespeare, from the text file or the folder --data."""
+    if data is None:
+        raise ValueError("task 'shakespeare' needs --data: a text file or a folder of them")
+    limit = max_characters or None
+    return _of_corpus(corpora.shakespeare(data, pattern=pattern, max_characters=limit, verify=verify))
+
+
 def copy(
     data: Path | None, *, shortest: int = 10, longest: int = 10, symbols: int = 6, steps: int = 256_000
 ) -> Tokens:
     """The copy task: read m symbols, write them; m is drawn from shortest..longest. Synthetic."""
     _require_no_data(data, "copy")
-
-    def draw(seed: int, num_steps: int) -> Callable[[int], Any]:
-        return lambda streams: copying.sequences(
-            jax.random.key(seed),
-            max(1, num_steps // streams),
-            streams,
-            length=(shortest, longest),
-            num_symbols=symbols,
-        )
-
+    sequences = partial(copying.sequences, length=(shortest, longest), num_symbols=symbols)
     bounds = f"best perplexity 1, without memory {copying.memoryless_perplexity(symbols):.3f}"
-    parts = (draw(1000, steps), draw(1001, steps // 4), draw(1002, steps // 4))
-    return Tokens(copying.num_classes(symbols), *parts, None, f"copy task, {bounds}")
+    return Tokens(copying.num_classes(symbols), *_draws(sequences, steps), None, f"copy task, {bounds}")
 
 
 def brackets(data: Path | None, *, steps: int = 256_000) -> Tokens:
     """A small synthetic language of nested brackets, whose entropy rate is known."""
     _require_no_data(data, "brackets")
     language = synthetic_language.brackets()
+    sequences = partial(synthetic_language.sequences, language=language)
+    rate = synthetic_language.entropy_rate_bits(language)
+    summary = f"brackets, entropy rate {rate:.4f} bits a symbol"
+    return Tokens(len(language.symbols), *_draws(sequences, steps), None, summary)
+
+
+def anbn(data: Path | None, *, shortest: int = 1, longest: int = 32, steps: int = 1_000_000) -> Tokens:
+    """aⁿbⁿ: n letters a, a newline, n letters b, a newline; n is drawn from shortest..longest. Synthetic."""
+    _require_no_data(data, "anbn")
+    sequences = partial(counting.sequences, shortest=shortest, longest=longest)
+    rate = counting.entropy_rate_bits(shortest, longest)
+    summary = (
+        f"aⁿbⁿ on [{shortest}; {longest}], entropy rate {rate:.4f} bits a character, of aⁿbᵖ {2 * rate:.4f}"
+    )
+    vocabulary = counting.VOCABULARY
+    return Tokens(vocabulary.size, *_draws(sequences, steps), vocabulary, summary)
+
+
+def music(data: Path | None, *, steps: int = 100_000) -> Tokens:
+    """A synthetic music notation with rules of syntax, rhythm and harmony, whose entropy rate is known."""
+    _require_no_data(data, "music")
+    summary = f"music notation, entropy rate {tasks.music.entropy_rate_bits():.4f} bits a character"
+    vocabulary = tasks.music.VOCABULARY
+    return Tokens(vocabulary.size, *_draws(tasks.music.sequences, steps), vocabulary, summary)
+
+
+def _draws(
+    sequences: Callable[[jax.Array, int, int], Any], steps: int
+) -> tuple[Callable[[int], Any], Callable[[int], Any], Callable[[int], Any]]:
+    """Training, validation and test part of a synthetic task: `steps`, and a quarter of them each."""
 
     def draw(seed: int, num_steps: int) -> Callable[[int], Any]:
-        return lambda streams: synthetic_language.sequences(
-            jax.random.key(seed), max(1, num_steps // streams), streams, language=language
-        )
+        return lambda streams: sequences(jax.random.key(seed), max(1, num_steps // streams), streams)
 
-    rate = synthetic_language.entropy_rate_bits(language)
-    parts = (draw(1000, steps), draw(1001, steps // 4), draw(1002, steps // 4))
-    return Tokens(len(language.symbols), *parts, None, f"brackets, entropy rate {rate:.4f} bits a symbol")
+    return draw(1000, steps), draw(1001, steps // 4), draw(1002, steps // 4)
 
 
 def _require_no_data(data: Path | None, name: str) -> None:
@@ -210,7 +237,15 @@ def rmsprop(learning_rate: Any, *, decay: float = 0.9) -> optax.GradientTransfor
     return optax.rmsprop(learning_rate, decay)
 
 
-TASKS = {"characters": characters, "penn-treebank": penn_treebank, "copy": copy, "brackets": brackets}
+TASKS = {
+    "characters": characters,
+    "penn-treebank": penn_treebank,
+    "shakespeare": shakespeare,
+    "copy": copy,
+    "brackets": brackets,
+    "anbn": anbn,
+    "music": music,
+}
 CELLS = {"lstm": lstm, "gru": gru, "tanh": tanh, "leaky": leaky}
 ESTIMATORS = {
     "truncated-bptt": truncated_bptt,

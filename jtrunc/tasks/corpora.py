@@ -1,4 +1,4 @@
-"""Characters to learn from: any text, the Penn Treebank, and Python's own standard library."""
+"""Characters to learn from: any text, the Penn Treebank, Shakespeare, Python's own standard library."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ _PENN_TREEBANK_SHA256 = {
     "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
     "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
 }
+
+
+_TINY_SHAKESPEARE = "tinyshakespeare"
+_TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class Source(NamedTuple):
@@ -138,6 +142,55 @@ def penn_treebank(folder: str | Path, *, verify: bool = True) -> Corpus:
     folder = Path(folder)
     parts = [_penn_treebank_part(folder / f"ptb.{part}.txt", part, verify) for part in Split._fields]
     return _corpus("Penn Treebank characters", len(parts), Split(*parts), unknown=None)
+
+
+def shakespeare(
+    path: str | Path,
+    *,
+    pattern: str = "*.txt",
+    fractions: Sequence[float] = FRACTIONS,
+    max_characters: int | None = None,
+    verify: bool = True,
+) -> Corpus:
+    """The characters of Shakespeare's works, or of the part of them that a file or folder holds.
+
+    Any text will do: the complete works of Project Gutenberg (five million characters, the third data set
+    of the NoBackTrack paper), or tinyshakespeare (1,115,394 characters of the plays). Editions differ, so
+    `source` tells size and hash; only a file that is named tinyshakespeare is known by its hash, and
+    checked.
+
+    Args:
+      path: a file or a folder (see `jtrunc.tasks.text.read_text` for the order).
+      pattern: which files of a folder to read.
+      fractions: of the training, validation and test part, which follow each other in the text.
+      max_characters: use only so many, from the beginning; None for all.
+      verify: check a file named tinyshakespeare by its SHA-256.
+
+    Raises:
+      TypeError: if `max_characters` is not a whole number.
+      ValueError: if the path does not exist (the message says where to get the text), if the text cannot be
+        used as in `characters`, or if a file named tinyshakespeare is another one.
+    """
+    if not Path(path).exists():
+        raise ValueError(
+            f"{path} does not exist; give a text file or folder: the complete works are"
+            " https://www.gutenberg.org/ebooks/100 (plain text), and tinyshakespeare is data/tinyshakespeare/"
+            "input.txt of https://github.com/karpathy/char-rnn"
+        )
+    for file in text_files(path, pattern) if verify else ():
+        _require_tiny_shakespeare(file)
+    return characters(path, pattern=pattern, fractions=fractions, max_characters=max_characters)
+
+
+def _require_tiny_shakespeare(file: Path) -> None:
+    """Raises a ValueError for a file that is called tinyshakespeare and is not."""
+    if _TINY_SHAKESPEARE not in (file.stem, file.parent.name):
+        return
+    if (found := _sha256(read_file(file))) != _TINY_SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{file} is not tinyshakespeare: its SHA-256 starts with {found[:8]} and not with"
+            f" {_TINY_SHAKESPEARE_SHA256[:8]}; fetch it again, or pass verify=False to use it all the same"
+        )
 
 
 def _penn_treebank_part(path: Path, part: str, verify: bool) -> str:
