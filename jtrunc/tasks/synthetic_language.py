@@ -119,11 +119,12 @@ def stationary_distribution(language: Language) -> np.ndarray:
             (np.arange(num_states), language.successors[:, symbol]),
             language.probabilities[:, symbol],
         )
-    equations = np.vstack([transition.T - np.eye(num_states), np.ones(num_states)])
-    if np.linalg.matrix_rank(equations) < num_states:
+    # The equations π (P − 1) = 0 add up to 0 = 0: one of them makes room for Σ π = 1.
+    equations = transition.T - np.eye(num_states)
+    equations[-1] = 1.0
+    if np.linalg.cond(equations, 1) > 1e12:
         raise ValueError("the language has several separate parts; join them so that one π exists")
-    right_side = np.append(np.zeros(num_states), 1.0)
-    return np.linalg.lstsq(equations, right_side, rcond=None)[0]
+    return np.linalg.solve(equations, np.eye(num_states)[-1])
 
 
 def entropy_rate(language: Language) -> float:
