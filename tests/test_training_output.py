@@ -105,11 +105,13 @@ def test_a_bar_only_for_long_runs_that_want_one(
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     bar = Progress(100, 0, show)
     for done in range(1, 6):
-        bar.advance_to(done, 0.5)
+        bar.advance_to(done, 1e6 * done, 0.5)
     bar.close()
     captured = capsys.readouterr()
     assert captured.out == ""
     assert ("loss 0.5" in captured.err) == shown
+    if shown:
+        assert "5M steps" in captured.err and "steps/s" in captured.err
 
 
 def test_a_bar_that_is_asked_for_needs_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:

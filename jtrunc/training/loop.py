@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jtrunc.base import GradientEstimator, Params, PyTree, System
@@ -22,6 +23,7 @@ from jtrunc.training.signals import StopRequest, deferred_interrupt
 from jtrunc.training.step import TrainState
 from jtrunc.training.stream import circular, lead_in_ends, num_rows, window_at
 
+MAX_COUNT = np.iinfo(np.int32).max
 _LINES_AT_ONCE = 4096
 
 
@@ -55,6 +57,10 @@ def train(
     the steps that the estimator consumed, and the hidden state is carried along. Updates run on the device in
     chunks of about a quarter of a second; where a chunk ends changes no bit of the run.
 
+    Online learning is ``window=1``: one parameter update a time step. With ``log_every=1000`` the compiled
+    loop sums up a thousand updates by itself, so that 10⁶ of them return 10³ rows, in memory that does not
+    depend on their number; the loop adds about a microsecond to an update.
+
     Args:
       system: the system that the estimator was made for; it is what the evaluations run.
       params: the first parameters, or a function ``key -> Params`` such as a model's `init`.
@@ -69,8 +75,10 @@ def train(
       key: a typed key, ``jax.random.key(0)`` by default.
       seeds: a count or a sequence of integers: many runs in one program, results with a leading axis of
         seeds. Seed i equals, to float tolerance, the solo run with ``key=seed_key(key, i)``.
-      log_every: updates per line of metrics. Loss: mean per step (nats) over the line's updates;
-        gradient norm and diagnostics: mean over its updates.
+      log_every: updates per line of metrics, which are summed on the device (to about twice the digits of
+        float32). Loss: mean per step (nats) over the line's updates; gradient norm and diagnostics: mean over
+        its updates. Chunks are whole lines: after Ctrl-C the line is finished first. Whatever it is, every
+        update is checked for NaN and infinities.
       lead_in: begin with shorter windows where the estimator scores only the end of each (`windowed_bptt`),
         so that no loss goes unscored; one compilation for each of them.
       eval_data: splits by name; each is evaluated from `eval_hidden` every `eval_every` updates, and at
@@ -89,8 +97,9 @@ def train(
 
     Raises:
       ValueError, TypeError: for arguments that do not fit, by name.
-      NonFiniteError: at the first update that is not finite; the state before it is in the exception's
-        `result` and, with `out_dir`, in a checkpoint.
+      NonFiniteError: at the first update that is not finite, also in the middle of a line; the state before
+        it is in the exception's `result` and, with `out_dir`, in a checkpoint, and the metrics end with it
+        (the last line is then a shorter one). At most one chunk is computed twice.
       TrainingInterrupted: a KeyboardInterrupt after Ctrl-C or SIGTERM, once the chunk is done and saved.
       CheckpointError, ConfigurationError, OSError: if the run cannot be saved or resumed.
 
@@ -108,24 +117,15 @@ def train(
       0.5
     """
     options = _check_options(
-        num_updates, log_every, eval_data, eval_every, out_dir, checkpoint_every, keep, resume
+        num_updates, log_every, window, eval_data, eval_every, out_dir, checkpoint_every, keep, resume
     )
-    window = check_size("train", "window", window)
-    if not isinstance(params, Params) and not callable(params):
-        raise TypeError(
-            f"train: `params` must be jtrunc.Params or a function key -> Params, not {type(params)}"
-        )
-    seed_numbers = check_seeds(seeds)
-    key = _check_key(key)
+    seed_numbers, key = check_seeds(seeds), _check_key(key)
     stream = circular(data, window)
     inputs = window_at(stream.rows, jnp.int32(0), window)
-    shapes = jax.eval_shape(params, key) if callable(params) else params
-    num_steps = static_num_steps(estimator, shapes, hidden, inputs)
+    num_steps = static_num_steps(estimator, _shapes_of(params, key), hidden, inputs)
     axis = SeedAxis.NONE if seed_numbers is None else SeedAxis.VMAP if num_steps else SeedAxis.MAP
     program = Program(estimator, optimizer, window, _LINES_AT_ONCE, log_every, axis)
-    run_key = key if seed_numbers is None else jnp.stack([seed_key(key, seed) for seed in seed_numbers])
-    init_params, first_params = (params, None) if callable(params) else (None, params)
-    state = init_chunk(program, init_params, first_params, hidden, run_key)
+    state = _first_state(program, params, hidden, key, seed_numbers)
     runner = Runner(
         program=program,
         stream=stream,
@@ -146,12 +146,20 @@ def train(
         return _drive(runner, stop, progress)
 
 
+def _first_state(
+    program: Program, params: Any, hidden: PyTree, key: jax.Array, seeds: tuple[int, ...] | None
+) -> TrainState:
+    run_key = key if seeds is None else jnp.stack([seed_key(key, seed) for seed in seeds])
+    init_params, given = (params, None) if callable(params) else (None, params)
+    return init_chunk(program, init_params, given, hidden, run_key)
+
+
 def _drive(runner: Runner, stop: StopRequest, show: bool | None) -> TrainResult:
     bar = Progress(runner.options.num_updates, runner.update, show)
     try:
         while not runner.finished:
             runner.advance()
-            bar.advance_to(runner.update, runner.last_loss)
+            bar.advance_to(runner.update, float(np.mean(runner.timesteps)), runner.last_loss)
             if stop.requested and not runner.finished:
                 runner.save()
                 raise TrainingInterrupted(runner.interrupted_message(), runner.result())
@@ -180,6 +188,7 @@ def _open(
 def _check_options(
     num_updates: int,
     log_every: int,
+    window: int,
     eval_data: Any,
     eval_every: int | None,
     out_dir: Any,
@@ -187,10 +196,16 @@ def _check_options(
     keep: int,
     resume: bool,
 ) -> Options:
-    for name, value in (("num_updates", num_updates), ("log_every", log_every), ("keep", keep)):
+    counts = {"num_updates": num_updates, "log_every": log_every, "keep": keep, "window": window}
+    for name, value in counts.items():
         check_size("train", name, value)
-    if num_updates > jnp.iinfo(jnp.int32).max:
+    if num_updates > MAX_COUNT:
         raise ValueError(f"train: `num_updates` must be below 2³¹, not {num_updates}; use longer windows")
+    if log_every * window > MAX_COUNT:
+        raise ValueError(
+            f"train: `log_every` · `window` = {log_every} · {window} steps a line are more than an int32 can "
+            "count; use a smaller `log_every`"
+        )
     for name, value in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if value is not None and check_size("train", name, value) % log_every:
             raise ValueError(f"train: `{name}` must be a multiple of `log_every` ({log_every}), not {value}")
@@ -208,6 +223,16 @@ def _check_options(
         num_rows(split, f"eval_data[{name!r}]")
     tenth = -(-num_updates // (10 * log_every)) * log_every
     return Options(num_updates, log_every, eval_every, checkpoint_every or tenth, keep)
+
+
+def _shapes_of(params: Any, key: jax.Array) -> Params:
+    if callable(params):
+        return jax.eval_shape(params, key)
+    if not isinstance(params, Params):
+        raise TypeError(
+            f"train: `params` must be jtrunc.Params or a function key -> Params, not {type(params)}"
+        )
+    return params
 
 
 def _check_key(key: Any) -> jax.Array:
