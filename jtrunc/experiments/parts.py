@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import optax
 
 import jtrunc
-from jtrunc import cells, tasks
+from jtrunc import cells, optimizers, tasks
+from jtrunc.optimizers import inverse_square_root_decay
 from jtrunc.tasks import copying, corpora, counting, synthetic_language, text
 
 HIT_PROBABILITY = 1e-5
@@ -210,6 +211,33 @@ def online_artbp(
     return Windowed(estimator, look_ahead or long_enough(mean_length, alpha), max(1, round(mean_length)))
 
 
+def _forward(estimator: jtrunc.GradientEstimator, window: int) -> Windowed:
+    """A forward estimator follows one stream: each stream gets its own, and their gradients are averaged."""
+    return Windowed(jtrunc.per_stream(estimator), window, window)
+
+
+def rtrl(system: jtrunc.System, *, window: int = 1) -> Windowed:
+    """Real-time recurrent learning: the exact influence of all the past, carried forward."""
+    return _forward(jtrunc.rtrl(system), window)
+
+
+def nobacktrack(
+    system: jtrunc.System,
+    *,
+    rank: int = 1,
+    norms: str = "euclidean",
+    split: bool = False,
+    window: int = 1,
+) -> Windowed:
+    """Unbiased rank-K influence, scaled unit by unit; norms=kalman goes with the optimiser qdop."""
+    return _forward(jtrunc.nobacktrack(system, rank, norms=cast(Any, norms), split=split), window)
+
+
+def uoro(system: jtrunc.System, *, memory: int = 1, window: int = 0) -> Windowed:
+    """Unbiased rank-one influence with one scale; exact inside `memory` steps (window 0: as many)."""
+    return _forward(jtrunc.uoro(system, memory=memory), window or memory)
+
+
 def long_enough(mean_length: float, alpha: float, probability: float = HIT_PROBABILITY) -> int:
     """A look-ahead N that an ARTBP window exceeds with at most `probability`.
 
@@ -237,6 +265,14 @@ def rmsprop(learning_rate: Any, *, decay: float = 0.9) -> optax.GradientTransfor
     return optax.rmsprop(learning_rate, decay)
 
 
+def qdop(
+    learning_rate: Any, *, prior: float = 20.0, decay: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Quasi-diagonal Kalman step: --learning-rate 1, prior about the units, memory of √t/decay gradients."""
+    schedule = inverse_square_root_decay(decay)
+    return optimizers.qdop(prior, decay=schedule, learning_rate=learning_rate)
+
+
 TASKS = {
     "characters": characters,
     "penn-treebank": penn_treebank,
@@ -253,5 +289,8 @@ ESTIMATORS = {
     "artbp": artbp,
     "windowed-bptt": windowed_bptt,
     "bptt": bptt,
+    "rtrl": rtrl,
+    "nobacktrack": nobacktrack,
+    "uoro": uoro,
 }
-OPTIMIZERS = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop}
+OPTIMIZERS = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "qdop": qdop}
