@@ -136,36 +136,28 @@ def _invariant_norms(covariance: np.ndarray, influence: np.ndarray) -> tuple[Nor
     return lambda v: float(np.sqrt(weights @ v**2)), lambda w: float(np.sqrt(w @ covariance @ w))
 
 
-def _chain(run: Linearised, signs: np.ndarray, covariance: np.ndarray | None) -> np.ndarray:
-    """Algorithm 1, one chain; signs (T, n). The reduction at the start of step t uses signs[t − 1]."""
-    n, p = run.state_by_theta.shape[1:]
-    v, w, immediate, rows = np.zeros(n), np.zeros(p), np.zeros((n, p)), []
-    for D, now, row in zip(run.state_by_state, run.state_by_theta, signs, strict=True):
-        norms = (euclidean, euclidean)
-        if covariance is not None:
-            norms = _invariant_norms(covariance, np.outer(v, w) + immediate)
-        v, w = rank_one([v, *np.eye(n)], [w, *immediate], [1.0, *row], *norms)  # eq. 13–14
-        v, immediate = D @ v, now  # eq. 16–17
-        rows.append(np.outer(v, w) + immediate)  # eq. 9
-    return np.stack(rows)
-
-
 def nobacktrack(run: Linearised, signs: np.ndarray, covariance: np.ndarray | None = None) -> np.ndarray:
-    """Algorithm 1, the mean of K chains (section 1.4); signs (T, K, n).
+    """Algorithm 1, the mean of K chains (section 1.4); signs (T, K, n), one row a reduction.
 
     covariance: (p, p) C_θ of appendix B, for the invariant norms; None for the Euclidean ones.
     """
-    return np.mean([_chain(run, signs[:, k], covariance) for k in range(signs.shape[1])], axis=0)
+    chains, (n, p) = signs.shape[1], run.state_by_theta.shape[1:]
+    v, w, rows = np.zeros((chains, n)), np.zeros((chains, p)), []
+    for D, immediate, row in zip(run.state_by_state, run.state_by_theta, signs, strict=True):
+        v = v @ D.T  # eq. 16
+        rows.append(np.einsum("ki,kp->ip", v, w) / chains + immediate)  # eq. 9, with eq. 17
+        norms = (euclidean, euclidean) if covariance is None else _invariant_norms(covariance, rows[-1])
+        for k in range(chains):  # eq. 13–14
+            v[k], w[k] = rank_one([v[k], *np.eye(n)], [w[k], *immediate], [1.0, *row[k]], *norms)
+    return np.stack(rows)
 
 
-def split_nobacktrack(
-    run: Linearised, signs: np.ndarray, blocks: np.ndarray, covariance: np.ndarray | None = None
-) -> np.ndarray:
+def split_nobacktrack(run: Linearised, signs: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """Section 1.4: chain k carries the parameters of block k alone; signs (T, K, n), blocks (p,) in 0…K−1."""
     chains = []
     for k in range(signs.shape[1]):
         mine = run._replace(state_by_theta=run.state_by_theta * (blocks == k))
-        chains.append(_chain(mine, signs[:, k], covariance))
+        chains.append(nobacktrack(mine, signs[:, k : k + 1]))
     return np.sum(chains, axis=0)
 
 

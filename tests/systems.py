@@ -12,6 +12,7 @@ import numpy as np
 from jtrunc import cells
 from jtrunc.base import Params, System
 from jtrunc.cells.model import reading_first
+from jtrunc.structure import Affine, Structure, transition_of
 from tests.reference import to_vector
 
 
@@ -177,6 +178,30 @@ def structured(name: str, length: int, width: int = 3, dtype: Any = jnp.float64)
     )
     inputs = (_normal(generator, length, 2, dtype=dtype), _normal(generator, length, 2, dtype=dtype))
     return Case(model.system, params, model.initial_hidden((), dtype), inputs)
+
+
+def relu(length: int, width: int) -> Case:
+    """A rectified network on symbols: all units are dead at the first step, unit 0 at the second as well."""
+    structure = Structure(
+        affine=lambda theta: {"units": Affine(theta["hidden_kernel"], theta["input_kernel"], theta["bias"])},
+        hidden_features=lambda hidden, inputs: {"units": hidden},
+        input_features=lambda inputs: {"units": inputs[0]},
+        combine=lambda elementwise, hidden, inputs, p: jax.nn.relu(p["units"] + inputs[1]),
+    )
+
+    def loss(params: Params, hidden: jax.Array, inputs: Any) -> tuple[jax.Array, tuple[()]]:
+        return jnp.sum((hidden - 1.0) ** 2), ()
+
+    generator = np.random.default_rng(5)
+    theta = {
+        "hidden_kernel": jnp.asarray(generator.uniform(0.1, 0.6, (width, width))),
+        "input_kernel": jnp.asarray(generator.uniform(0.1, 1.0, (3, width))),
+        "bias": jnp.asarray(generator.uniform(0.1, 0.5, width)),
+    }
+    symbols = jax.nn.one_hot(np.resize([0, 0, 1, 2, 1], length), 3, dtype=jnp.float64)
+    drift = jnp.zeros((length, width)).at[0].set(-50.0).at[1:2, 0].set(-50.0)
+    system = System(transition_of(structure), loss, structure)
+    return Case(system, Params(theta), jnp.zeros(width), (symbols, drift))
 
 
 def exposed(case: Case) -> System:
