@@ -115,7 +115,7 @@ def test_wrong_usage_is_one_clear_line(arguments, message, capsys, tmp_path):
     shown = capsys.readouterr().err
     assert message in shown
     assert len(shown.splitlines()) == 1
-    assert not list(tmp_path.glob("run/*"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,7 @@ def one_run(
 def train(setup: Setup, estimator: str, output: Path) -> list[Path]:
     """The command `train`: one estimator; returns the paths of picture, summary and sample."""
     chosen = choose(estimator, ESTIMATORS, "estimator")
-    claim(setup.resume, output)
-    given = problem(setup)
+    given = begin(setup, [chosen], output)
     runs = [one_run(setup, given, chosen, output)]
     return report(runs, setup, output) + samples(runs, given, output)
 
@@ -151,13 +150,21 @@ def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Pat
     chosen = [choose(text, ESTIMATORS, "estimator") for text in estimators]
     if len({choice.full_label for choice in chosen}) < len(chosen) or not chosen:
         raise ValueError(f"--estimators must be at least one, none twice, got {' '.join(estimators)!r}")
-    claim(setup.resume, output)
-    given = problem(setup)
+    given = begin(setup, chosen, output)
     runs = []
     for choice in chosen:
         print(f"{choice.label} ...", flush=True)
         runs.append(one_run(setup, given, choice, output / re.sub("[:,]", "-", choice.label)))
     return report(runs, setup, output) + samples(runs, given, output)
+
+
+def begin(setup: Setup, estimators: list[Choice], output: Path) -> Problem:
+    """The problem, once every option has been read and before the folder is made: a refusal leaves none."""
+    given = problem(setup)
+    for estimator in estimators:
+        estimator.make(given.model.system, **estimator.options)
+    claim(setup.resume, output)
+    return given
 
 
 def claim(resume: bool, output: Path) -> None:
