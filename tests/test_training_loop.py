@@ -205,6 +205,7 @@ BAD = {
     "no updates": ({"num_updates": 0}, ValueError, "`num_updates`"),
     "too many updates": ({"num_updates": 2**31}, ValueError, "`num_updates`"),
     "log_every": ({"log_every": -1}, ValueError, "`log_every`"),
+    "lines too long": ({"log_every": 2**29}, ValueError, "`log_every`"),
     "eval off the lines": ({"log_every": 4, "eval_every": 6, "eval_data": {}}, ValueError, "multiple"),
     "eval_every alone": ({"eval_every": 6}, ValueError, "no `eval_data`"),
     "eval_data bare": ({"eval_data": np.ones(3)}, TypeError, "map names of splits"),
