@@ -60,7 +60,7 @@ def drawn_influences(
             window, draws = row
             given.set(draws)
             estimate, state = estimator.update(case.params, state, (window, weights))
-            return state, to_vector(estimate.grads.recurrent)
+            return state, vector(estimate.grads.recurrent)
 
         return jax.lax.scan(step, state, (inputs, pattern))[1]
 
@@ -79,11 +79,17 @@ def walk(estimator: Any, case: Case, window: int, key: jax.Array | None = None) 
     What is left over at the end is one shorter window.
     """
     length = len(jax.tree.leaves(case.inputs)[0])
-    update = jax.jit(estimator.update)
+
+    @jax.jit
+    def update(state: Any, inputs: Any) -> Any:
+        estimate, state = estimator.update(case.params, state, inputs)
+        return vector(estimate.grads), state
+
     state, rows = estimator.init(case.params, case.hidden, key), []
+    inputs = jax.tree.map(np.asarray, case.inputs)  # slices of NumPy arrays compile nothing
     for start in range(0, length, window):
-        estimate, state = update(case.params, state, case.window(start, min(start + window, length)))
-        rows.append(vector(estimate.grads))
+        row, state = update(state, jax.tree.map(lambda leaf, at=start: leaf[at : at + window], inputs))
+        rows.append(row)
     return np.stack(rows), state
 
 

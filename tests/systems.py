@@ -12,7 +12,7 @@ import numpy as np
 from jtrunc import cells
 from jtrunc.base import Params, System
 from jtrunc.cells.model import reading_first
-from jtrunc.structure import Affine, Structure, transition_of
+from jtrunc.structure import Affine, Stack, Structure, transition_of
 from tests.reference import to_vector
 
 
@@ -204,16 +204,60 @@ def relu(length: int, width: int) -> Case:
     return Case(system, Params(theta), jnp.zeros(width), (symbols, drift))
 
 
+def tied(length: int) -> Case:
+    """A declared structure in which one number serves several units: a leak and a bias that they share."""
+    width = 3
+    structure = Structure(
+        affine=lambda theta: {
+            "units": Affine(theta["W"], theta["U"], jnp.broadcast_to(theta["bias"], (width,)))
+        },
+        hidden_features=lambda hidden, inputs: {"units": hidden},
+        input_features=lambda inputs: {"units": inputs},
+        combine=lambda keep, hidden, inputs, p: jax.nn.sigmoid(keep) * hidden + jnp.tanh(p["units"]),
+        elementwise=lambda theta: jnp.broadcast_to(theta["keep"], (width,)),
+    )
+
+    def loss(params: Params, hidden: jax.Array, inputs: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        return jnp.sum((hidden - 1.0) ** 2), ()
+
+    generator = np.random.default_rng(15)
+    theta = {
+        "W": jnp.asarray(0.5 * generator.normal(size=(width, width))),
+        "U": jnp.asarray(generator.normal(size=(2, width))),
+        "bias": jnp.float64(0.3),
+        "keep": jnp.float64(-0.5),
+    }
+    system = System(transition_of(structure), loss, structure)
+    inputs = jnp.asarray(generator.normal(size=(length, 2)))
+    return Case(system, Params(theta), jnp.zeros(width), inputs)
+
+
+def symbols(length: int) -> Case:
+    """A small LSTM on integers, which are looked up instead of multiplied."""
+    model = cells.model(cells.lstm(3, 2), 3, cells.softmax_cross_entropy)
+    params, hidden = model.init(jax.random.key(4), jnp.float64), model.initial_hidden((), jnp.float64)
+    text = np.resize([0, 2, 1, 1, 2], length + 1)
+    return Case(model.system, params, hidden, (jnp.asarray(text[:-1]), jnp.asarray(text[1:])))
+
+
 def exposed(case: Case) -> System:
     """The transition of a case on inputs ``(inputs, weights)`` with the loss ℓₜ = weights · hₜ.
 
     The gradient of one such step is the influence, seen through the weights.
     """
-    system = case.system
+    system, structure = case.system, case.system.structure
+    if isinstance(structure, Stack):
+        structure = Stack(
+            tuple(reading_first(layer) for layer in structure.layers),  # pyright: ignore[reportArgumentType]
+            structure.outputs,
+            lambda inputs, output: (system.structure.pass_up(inputs[0], output), inputs[1]),
+        )
+    elif structure is not None:
+        structure = reading_first(structure)
     return System(
         lambda theta, hidden, inputs: system.transition(theta, hidden, inputs[0]),
         lambda params, hidden, inputs: (inputs[1] @ to_vector(hidden), ()),
-        None if system.structure is None else reading_first(system.structure),
+        structure,
     )
 
 
