@@ -20,6 +20,7 @@ from jtrunc.base import System as System
 from jtrunc.combinators import continuous_time as continuous_time
 from jtrunc.combinators import per_stream as per_stream
 from jtrunc.combinators import with_resets as with_resets
+from jtrunc.forward.nobacktrack import nobacktrack as nobacktrack
 from jtrunc.forward.noise import rademacher as rademacher
 from jtrunc.forward.rtrl import rtrl as rtrl
 from jtrunc.forward.uoro import uoro as uoro

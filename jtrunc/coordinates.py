@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import PyTree
-from jtrunc.trees import partition_inexact, wide_dtype
+from jtrunc.trees import partition_inexact
 
 
 class Coordinates(NamedTuple):
@@ -39,11 +39,11 @@ class Coordinates(NamedTuple):
     @classmethod
     def of(cls, tree: PyTree) -> Coordinates:
         """The coordinates of a tree of arrays."""
-        floats = [jnp.asarray(leaf) for leaf in partition_inexact(tree)[0]]
+        floats = [as_aval(leaf) for leaf in partition_inexact(tree)[0]]
         dtype = jnp.dtype(jnp.float32)
         for leaf in floats:
-            dtype = jnp.promote_types(dtype, wide_dtype(leaf.real))
-        return cls(tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in floats), dtype)
+            dtype = jnp.promote_types(dtype, jnp.finfo(leaf.dtype).dtype)
+        return cls(tuple(floats), dtype)
 
     @property
     def size(self) -> int:
@@ -87,6 +87,12 @@ class Coordinates(NamedTuple):
                 parts = [jax.lax.complex(parts[0], imaginary_sign * parts[1])]
             leaves.append(parts[0].astype(aval.dtype))
         return leaves
+
+
+def as_aval(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, a Python number, or of what has both."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
 
 
 def _is_complex(leaf: Any) -> bool:

@@ -304,7 +304,8 @@ def _layer_hiddens(
     edges: jax.Array | None,
 ) -> PyTree:
     layout = layout_of(structure, theta, hidden, _first_step(inputs))
-    if num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
+    # A layer without hidden kernels has no preactivation to save unless its inputs are projected inside.
+    if not layout.hidden_groups or num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
         layout = layout._replace(project_first=False)
     weights = fuse(structure, layout, theta)
     return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)

@@ -19,7 +19,7 @@ from jtrunc.forward.structured import (
     unit_step,
     units_of,
 )
-from jtrunc.linearize import transposed
+from jtrunc.linearize import linear_map, transposed
 from jtrunc.structure import Stack, Structure, transition_of
 from jtrunc.trees import partition_inexact
 
@@ -76,6 +76,7 @@ class LayerStep(NamedTuple):
       inputs: what it read: the outputs of the layer below, or the inputs of the system.
       step: its linearised step.
       by_below: (S, S₀ + S₁ + …): its new state by the new states of all layers below, or None.
+      push_below: the same as a function of tangents of those states, (S₀ + S₁ + …) to (S,), or None.
     """
 
     units: Units
@@ -83,7 +84,8 @@ class LayerStep(NamedTuple):
     hidden: PyTree
     inputs: PyTree
     step: UnitStep
-    by_below: Callable[[], jax.Array] | None
+    by_below: Callable[[], jax.Array] | None = None
+    push_below: Callable[[jax.Array], jax.Array] | None = None
 
 
 def layer_steps(layers: Layers, theta: PyTree, hidden: PyTree, inputs: PyTree) -> list[LayerStep]:
@@ -94,10 +96,11 @@ def layer_steps(layers: Layers, theta: PyTree, hidden: PyTree, inputs: PyTree) -
         below = tuple(step.step.hidden for step in steps)
         inputs_here = _inputs_of(layers, depth, below, inputs)
         step = unit_step(units, thetas[depth], hiddens[depth], inputs_here)
-        by_below = None
+        here = LayerStep(units, thetas[depth], hiddens[depth], inputs_here, step)
         if depth:
-            by_below = _jacobian_below(layers, depth, thetas[depth], hiddens[depth], below, inputs)
-        steps.append(LayerStep(units, thetas[depth], hiddens[depth], inputs_here, step, by_below))
+            by_below, push_below = _from_below(layers, depth, here, below, inputs)
+            here = here._replace(by_below=by_below, push_below=push_below)
+        steps.append(here)
     return steps
 
 
@@ -109,23 +112,27 @@ def _inputs_of(layers: Layers, depth: int, below: tuple[PyTree, ...], inputs: Py
     return inputs
 
 
-def _jacobian_below(
-    layers: Layers, depth: int, theta: PyTree, hidden: PyTree, below: tuple[PyTree, ...], inputs: PyTree
-) -> Callable[[], jax.Array]:
+def _from_below(
+    layers: Layers, depth: int, here: LayerStep, below: tuple[PyTree, ...], inputs: PyTree
+) -> tuple[Callable[[], jax.Array], Callable[[jax.Array], jax.Array]]:
+    """What the layers below do to this one, as a matrix and as a function."""
     transition = transition_of(layers.units[depth].structure)
-    space, below_space = Coordinates.of(hidden), Coordinates.of(below)
+    space, below_space = Coordinates.of(here.hidden), Coordinates.of(below)
     leaves, restore = partition_inexact(below)
 
     def run(leaves: list[jax.Array]) -> list[jax.Array]:
         inputs_here = _inputs_of(layers, depth, restore(leaves), inputs)
-        return partition_inexact(transition(theta, hidden, inputs_here))[0]
+        return partition_inexact(transition(here.theta, here.hidden, inputs_here))[0]
 
-    def jacobian() -> jax.Array:
+    def by_below() -> jax.Array:
         pull = transposed(run, leaves)
         rows = jnp.eye(space.size, dtype=space.dtype)
         return jax.vmap(lambda row: below_space.cotangent_vector(pull(space.cotangents(row))))(rows)
 
-    return jacobian
+    def push_below(tangent: jax.Array) -> jax.Array:
+        return space.tangent_vector(linear_map(run, leaves)[1](below_space.tangents(tangent)))
+
+    return by_below, push_below
 
 
 def layer_jacobians(layers: Layers, steps: list[LayerStep]) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import PyTree, Transition
-from jtrunc.coordinates import Coordinates
+from jtrunc.coordinates import Coordinates, as_aval
 from jtrunc.trees import is_key, partition_inexact
 
 
@@ -39,14 +39,8 @@ def pattern_of(transition: Transition, theta: PyTree, hidden: PyTree, inputs: Py
       ImportError: the optional package that reads it off the program is missing.
     """
     arguments = (theta, hidden, inputs)
-    avals = tuple((leaf.shape, leaf.dtype) for leaf in map(_as_aval, jax.tree.leaves(arguments)))
+    avals = tuple((leaf.shape, leaf.dtype) for leaf in map(as_aval, jax.tree.leaves(arguments)))
     return _pattern(transition, avals, jax.tree.structure(arguments))
-
-
-def _as_aval(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        jnp.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    )
 
 
 @lru_cache(maxsize=32)

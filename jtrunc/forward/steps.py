@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jtrunc.base import PyTree, System
 from jtrunc.coordinates import Coordinates
 from jtrunc.forward import structured
-from jtrunc.forward.rank_one import norm, squared_norm
+from jtrunc.forward.rank_one import norm
 from jtrunc.forward.sparsity import SparseRows, sparse_rows
 from jtrunc.forward.structured import Units, UnitStep
 from jtrunc.linearize import linear_map, linear_step
@@ -43,7 +43,8 @@ def forward_step(system: System, theta: PyTree, hidden: PyTree, inputs: PyTree) 
     """Linearises one step: by its structure where it declares one, else by automatic differentiation."""
     units = structured.units_of(system.structure, theta, hidden)
     if units is not None:
-        return _structured_step(units, theta, hidden, inputs)
+        step = structured.unit_step(units, theta, hidden, inputs)
+        return structured_forward_step(units, theta, hidden, inputs, step)
     step = linear_step(system.transition, theta, hidden, inputs)
 
     def rows() -> SparseRows:
@@ -57,30 +58,20 @@ def forward_step(system: System, theta: PyTree, hidden: PyTree, inputs: PyTree) 
     )
 
 
-def _structured_step(units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree) -> ForwardStep:
-    step = structured.unit_step(units, theta, hidden, inputs)
+def structured_forward_step(
+    units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree, step: UnitStep
+) -> ForwardStep:
+    """The same from a step that is linearised already."""
 
     def pull(cotangent: jax.Array) -> PyTree:
         return structured.theta_cotangent(units, theta, structured.pull_weights(units, step, cotangent))
-
-    def pulled_norm(cotangent: jax.Array) -> jax.Array:
-        deltas = structured.map_cotangents(units, step, cotangent)
-        outer = sum(squared_norm(step.features[name]) * squared_norm(deltas[name]) for name in deltas)
-        parts = cotangent.reshape(units.parts, units.width)
-        return jnp.sqrt(outer + squared_norm([jnp.sum(parts * by, axis=0) for by in step.by_elementwise]))
-
-    def row_norms() -> jax.Array:
-        squares = sum(jnp.square(by) for by in step.by_elementwise)
-        for name, by_map in step.by_map.items():
-            squares = squares + jnp.sum(jnp.square(by_map), axis=1) * squared_norm(step.features[name])
-        return jnp.sqrt(squares).reshape(-1)
 
     return ForwardStep(
         step.hidden,
         lambda tangent: unit_push(units, step, hidden, inputs, tangent),
         pull,
-        pulled_norm,
-        row_norms,
+        lambda cotangent: structured.pulled_norm(units, step, cotangent),
+        lambda: structured.row_norms(step),
         lambda: _structured_rows(units, step, theta, pull),
     )
 

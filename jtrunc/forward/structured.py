@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jtrunc.base import PyTree
 from jtrunc.coordinates import Coordinates
+from jtrunc.forward.rank_one import squared_norm
 from jtrunc.linearize import linear_map, transposed
 from jtrunc.structure import Affine, Structure, add_bias, project
 from jtrunc.trees import is_inexact, partition_inexact
@@ -262,3 +263,19 @@ def unit_sums(units: Units, theta: PyTree, tree: PyTree) -> jax.Array:
         columns = jnp.sum(join_features(weights), axis=0)
         total = total + jnp.sum(columns.reshape(units.slots[name], units.width), axis=0)
     return total
+
+
+def pulled_norm(units: Units, step: UnitStep, cotangent: jax.Array) -> jax.Array:
+    """‖cᵀ I‖, from factors alone: ‖f ⊗ δ‖ = ‖f‖ ‖δ‖."""
+    deltas = map_cotangents(units, step, cotangent)
+    outer = sum(squared_norm(step.features[name]) * squared_norm(deltas[name]) for name in deltas)
+    parts = cotangent.reshape(units.parts, units.width)
+    return jnp.sqrt(outer + squared_norm([jnp.sum(parts * by, axis=0) for by in step.by_elementwise]))
+
+
+def row_norms(step: UnitStep) -> jax.Array:
+    """‖wᵢ‖ of the rows of I, (S,), from factors alone."""
+    squares = sum(jnp.square(by) for by in step.by_elementwise)
+    for name, by_map in step.by_map.items():
+        squares = squares + jnp.sum(jnp.square(by_map), axis=1) * squared_norm(step.features[name])
+    return jnp.sqrt(squares).reshape(-1)

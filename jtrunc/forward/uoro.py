@@ -55,15 +55,15 @@ def uoro(system: System, *, noise: Noise = rademacher, memory: int = 1) -> Gradi
       TypeError, ValueError: bad system, noise or memory; at trace time, a window that is no multiple of
         `memory`, bad params or inputs, no key.
 
-    Example: hₜ = θ hₜ₋₁ + xₜ has one parameter and one unit, so that the estimate has no variance.
+    Example: hₜ = θ hₜ₋₁ + xₜ. Up to the second step there is one pair alone, and the estimate is exact.
 
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
-      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(2, jnp.float32)
       >>> estimator = uoro(system)
       >>> state = estimator.init(params, jnp.float32(0), jax.random.key(0))
       >>> estimate, state = estimator.update(params, state, inputs)
       >>> float(estimate.loss), round(float(estimate.grads.recurrent), 4)
-      (4.25, 3.0)
+      (2.5, 1.0)
 
     Source: Tallec & Ollivier, "Unbiased online recurrent optimization" (2017); the rank-one trick is
     Proposition 1 of the NoBackTrack paper (2015).
@@ -75,10 +75,10 @@ def uoro(system: System, *, noise: Noise = rademacher, memory: int = 1) -> Gradi
     return forward_estimator("uoro", system, Representation(_init, advance, memory), random=True)
 
 
-def _init(params: Params, hidden: PyTree, key: jax.Array | None) -> RandomForwardState:
+def _init(params: Params, hidden: PyTree, key: Any) -> RandomForwardState:
     space = Coordinates.of(hidden)
     zero = RankOne(jnp.zeros(space.size, space.dtype), accumulator(params.recurrent))
-    return RandomForwardState(hidden, zero, jax.random.key(0) if key is None else key)
+    return RandomForwardState(hidden, zero, key)
 
 
 def _advance(

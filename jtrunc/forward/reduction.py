@@ -1,0 +1,171 @@
+"""The reduction step of NoBackTrack: K pairs (v̄, w̄) and a row wᵢ for every unit become K pairs again.
+
+What differs between its variants is which norms scale the pairs, and which parameters a chain carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.base import PyTree
+from jtrunc.forward.rank_one import balance, norm, squared_norm
+from jtrunc.forward.sparsity import sum_over_colours
+from jtrunc.forward.substeps import Substep
+from jtrunc.optimizers import quasi_diagonal
+from jtrunc.optimizers.quasi_diagonal import QuasiDiagonal
+
+
+class Chains(NamedTuple):
+    """v̄ (K, S), and w̄: a tree like θ with a leading axis K, or without one where θ is split."""
+
+    tangents: jax.Array
+    cotangents: PyTree
+
+
+class Reduction(NamedTuple):
+    """A variant of the reduction.
+
+    Attributes:
+      pull_back: ``(chains, c) -> cᵀ J`` of what the chains carry, a tree like θ.
+      reduce: ``(chains, substep, signs) -> chains``; signs (K, size).
+    """
+
+    pull_back: Callable[[Chains, jax.Array], PyTree]
+    reduce: Callable[[Chains, Substep, jax.Array], Chains]
+
+
+def reduction_of(metric: QuasiDiagonal | None, blocks: PyTree) -> Reduction:
+    """The variant that goes with a state of NoBackTrack."""
+    if blocks is not None:
+        return Reduction(partial(_pull_back_split, blocks), partial(_reduce_split, blocks))
+    if metric is not None:
+        return Reduction(_pull_back, partial(_reduce_kalman, metric))
+    return Reduction(_pull_back, _reduce)
+
+
+def _pull_back(chains: Chains, cotangent: jax.Array) -> PyTree:
+    """1/K Σₖ (c · v̄ₖ) w̄ₖ."""
+    scales = chains.tangents @ cotangent / len(chains.tangents)
+    return jax.tree.map(lambda leaf: _weighted_sum(scales, leaf), chains.cotangents)
+
+
+def _weighted_sum(scales: jax.Array, leaf: jax.Array) -> jax.Array:
+    # A sum of few terms: a product with a (1, K) matrix would not be fused with what follows.
+    terms = [scale * row for scale, row in zip(scales, leaf, strict=True)]
+    return jnp.asarray(sum(terms[1:], terms[0]), leaf.dtype)
+
+
+def _reduce(chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
+    tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents), axis=1))
+    cotangent_norms = jnp.stack([norm(chain) for chain in _each(chains)])
+    return _sum_pairs(
+        chains, substep, signs, tangent_norms, cotangent_norms, jnp.ones(()), substep.row_norms()
+    )
+
+
+def _each(chains: Chains) -> list[PyTree]:
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], chains.cotangents) for k in range(len(chains.tangents))]
+
+
+def _sum_pairs(
+    chains: Chains,
+    substep: Substep,
+    signs: jax.Array,
+    tangent_norms: jax.Array,
+    cotangent_norms: jax.Array,
+    basis_norms: jax.Array,
+    row_norms: jax.Array,
+) -> Chains:
+    """Balances all pairs by their norms and sums them: (K,), (K,), ‖eᵢ‖ (size,) or (), ‖wᵢ‖ (size,)."""
+    past = balance(tangent_norms, cotangent_norms)
+    present = balance(jnp.broadcast_to(basis_norms, row_norms.shape), row_norms)
+    tangents = past.tangent[:, None] * chains.tangents
+    tangents = substep.add_to_own(tangents, signs * present.tangent[None])
+    rows = [substep.pull(sign * present.cotangent) for sign in signs]
+    chains_of = [
+        jax.tree.map(lambda w, i, scale=scale: (scale * w + i).astype(w.dtype), chain, row)
+        for scale, chain, row in zip(past.cotangent, _each(chains), rows, strict=True)
+    ]
+    return Chains(tangents, jax.tree.map(lambda *leaves: jnp.stack(leaves), *chains_of))
+
+
+def _reduce_kalman(metric: QuasiDiagonal, chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
+    """Norms of Appendix B: ‖w‖² = wᵀ C_θ w, ‖v‖² = Σᵢ vᵢ²/C_h,ii with C_h = J C_θ Jᵀ (eq. 59 to 64)."""
+    count = len(chains.tangents)
+    rows = substep.rows()
+    each = [quasi_diagonal.reduce(metric, chain) for chain in _each(chains)]
+    own = [quasi_diagonal.reduce(metric, tree) for tree in rows.trees]
+    gram = jnp.stack([jnp.stack([_inner(metric, a, b) for b in each]) for a in each])
+    row_squares = sum_over_colours(rows, own, own, metric.scales)
+    with_chains = jnp.stack(
+        [sum_over_colours(rows, own, [chain] * len(own), metric.scales) for chain in each]
+    )
+    tangents = chains.tangents / count
+    covariance = jnp.sum(tangents * (gram @ tangents), axis=0)
+    cross = 2 * jnp.sum(substep.own(tangents) * with_chains, axis=0) + row_squares
+    covariance = substep.add_to_own(covariance, cross)
+    # J's rows can cancel; the covariance stays a small part above zero, as the paper's regularisation does.
+    floor = jnp.sum(jnp.square(tangents), axis=0) * jnp.max(jnp.diagonal(gram))
+    floor = substep.add_to_own(floor, row_squares) * FLOOR
+    covariance = jnp.maximum(covariance, floor)
+    known = covariance > 0
+    inverse = jnp.where(known, 1 / jnp.where(known, covariance, 1), 0)
+    tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents) * inverse[None], axis=1))
+    cotangent_norms = jnp.sqrt(jnp.diagonal(gram))
+    return _sum_pairs(
+        chains,
+        substep,
+        signs,
+        tangent_norms,
+        cotangent_norms,
+        jnp.sqrt(substep.own(inverse)),
+        jnp.sqrt(row_squares),
+    )
+
+
+FLOOR = 1e-6
+"""The variance of a state under J is at least this part of what it would be if nothing cancelled."""
+
+
+def _inner(metric: QuasiDiagonal, left: PyTree, right: PyTree) -> jax.Array:
+    """⟨left, right⟩ of two reduced trees."""
+    terms = jax.tree.map(
+        lambda scale, a, b: jnp.sum(scale * (a * jnp.conj(b)).real), metric.scales, left, right
+    )
+    return jnp.asarray(sum(jax.tree.leaves(terms), jnp.float32(0)))
+
+
+def _pull_back_split(blocks: PyTree, chains: Chains, cotangent: jax.Array) -> PyTree:
+    """Σₖ (c · v̄ₖ) w̄ restricted to block k."""
+    scales = chains.tangents @ cotangent
+    return jax.tree.map(
+        lambda block, leaf: (scales[block] * leaf).astype(leaf.dtype), blocks, chains.cotangents
+    )
+
+
+def _reduce_split(blocks: PyTree, chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
+    count = len(chains.tangents)
+    rows = substep.rows()
+    masks = [jax.tree.map(lambda block, k=k: block == k, blocks) for k in range(count)]
+    restricted = [jax.tree.map(jnp.multiply, chains.cotangents, mask) for mask in masks]
+    tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents), axis=1))
+    past = balance(tangent_norms, jnp.sqrt(jnp.stack([squared_norm(tree) for tree in restricted])))
+    row_norms = jnp.sqrt(jnp.stack([rows.squared_norms(mask) for mask in masks]))
+    present = balance(jnp.ones_like(row_norms), row_norms)
+    tangents = past.tangent[:, None] * chains.tangents
+    tangents = substep.add_to_own(tangents, signs * present.tangent)
+    pulled = [rows.pull(sign * scale) for sign, scale in zip(signs, present.cotangent, strict=True)]
+    cotangents = jax.tree.map(
+        lambda block, w, *rows: (
+            past.cotangent[block] * w + jnp.choose(block, list(rows), mode="clip")
+        ).astype(w.dtype),
+        blocks,
+        chains.cotangents,
+        *pulled,
+    )
+    return Chains(tangents, cotangents)
