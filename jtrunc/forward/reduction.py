@@ -64,7 +64,13 @@ def _reduce(chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
     tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents), axis=1))
     cotangent_norms = jnp.stack([norm(chain) for chain in _each(chains)])
     return _sum_pairs(
-        chains, substep, signs, tangent_norms, cotangent_norms, jnp.ones(()), substep.row_norms()
+        chains,
+        substep,
+        signs,
+        tangent_norms,
+        cotangent_norms,
+        jnp.ones((), chains.tangents.dtype),
+        substep.row_norms(),
     )
 
 
