@@ -93,6 +93,23 @@ def test_compare_scales_by_work_and_judges_the_ratio():
     assert harness.markdown([ours]).splitlines()[2].startswith("| case | ours | 5e+05 [5e+05, 5e+05] | 0.5")
 
 
+def test_only_keeps_the_cases_named_so(monkeypatch, tmp_path, capsys):
+    def measure(case: str, effort: Any) -> list[dict[str, Any]]:
+        assert effort == harness.Effort(rounds=2)
+        return [{"case": case, "ratio": 1.0}]
+
+    cases = ["n=20", "n=200", "n=64"]
+    arguments = ["question", "--rounds", "2", "--out", str(tmp_path), "--only"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "n=20"])
+    harness.main_by_case("question", None, cases, ["tiny"], measure)
+    record = json.loads((tmp_path / "question.json").read_text(encoding="utf-8"))
+    assert [row["case"] for row in record["rows"]] == cases[:2]
+    monkeypatch.setattr(sys, "argv", [*arguments, "n=21"])
+    with pytest.raises(SystemExit):
+        harness.main_by_case("question", None, cases, ["tiny"], measure)
+    assert "no such case among n=20, n=200, n=64" in capsys.readouterr().err
+
+
 def test_run_all_asks_every_question():
     helpers = {"harness", "pinning", "run_all"}
     assert set(run_all.QUESTIONS) == {path.stem for path in FOLDER.glob("*.py")} - helpers

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Clock = Callable[[], float]
@@ -90,6 +91,16 @@ def compile_program(function: Callable[..., Any], *args: Any, clock: Clock = tim
     seconds = clock() - start
     analysis = executable.memory_analysis()
     return Program(executable, (args,), seconds, analysis.temp_size_in_bytes if analysis else 0)
+
+
+def bytes_of(tree: Any) -> int:
+    """Of all leaves together; a typed key counts as its data."""
+
+    def size(leaf: Any) -> int:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return (jax.random.key_data(leaf) if is_key else leaf).nbytes
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], effort: Effort) -> dict[str, np.ndarray]:

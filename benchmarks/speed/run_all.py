@@ -6,7 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-QUESTIONS = ("structured_cells", "any_cell", "dynamic_windows", "long_bptt", "memory")
+QUESTIONS = (
+    "structured_cells",
+    "any_cell",
+    "dynamic_windows",
+    "long_bptt",
+    "memory",
+    "rtrl",
+)
 
 
 def main() -> int:
