@@ -13,6 +13,8 @@ QUESTIONS = (
     "long_bptt",
     "memory",
     "rtrl",
+    "rank_one",
+    "rank_one_memory",
 )
 
 
