@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import tests.forward_reference as forward
 from tests import reference, systems
 from tests.forward_reference import AffineMap
 from tests.reference import to_vector
@@ -114,6 +115,13 @@ def apart(actual: Any, expected: Any, by: float = 1e-3) -> bool:
     """Finite, and apart by more than `by` of the largest entry."""
     distance = np.abs(np.asarray(actual) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
     return bool(np.isfinite(distance)) and float(distance) > by
+
+
+def assert_unbiased(draws: np.ndarray, run: reference.Linearised) -> None:
+    """The mean over all patterns is the influence to 1e-12, though no single draw need be."""
+    exact = forward.rtrl(run)
+    same(draws.mean(axis=0), exact, 1e-12)
+    assert apart(draws, np.broadcast_to(exact, draws.shape), 1e-2)
 
 
 def affine_maps(case: Case, run: reference.Linearised) -> list[AffineMap]:

@@ -132,28 +132,38 @@ def exploding(length: int) -> Case:
 
 
 def elementwise(length: int, dtype: Any = jnp.float64) -> Case:
-    """Two leaky integrators and a complex phasor a unit: no unit reads another, nor anything but its past."""
+    """Units of a leaky integrator and a complex phasor, none of which reads another unit's past."""
 
-    def transition(theta: dict[str, jax.Array], hidden: dict[str, jax.Array], inputs: jax.Array) -> Any:
-        turned = jnp.exp(jax.lax.complex(-jnp.exp(theta["decay"]), theta["turn"])) * hidden["phasor"]
-        kept = jax.nn.sigmoid(theta["keep"])
-        return {
-            "leaky": jnp.tanh(kept * hidden["leaky"]) + theta["gain"] * inputs + hidden["phasor"].imag,
-            "phasor": turned + theta["gain"] * inputs,
-        }
+    def combine(own: dict[str, jax.Array], hidden: dict[str, jax.Array], inputs: Any, p: Any) -> Any:
+        turned = jnp.exp(jax.lax.complex(-jnp.exp(own["decay"]), own["turn"])) * hidden["phasor"]
+        leaky = jnp.tanh(jax.nn.sigmoid(own["keep"]) * hidden["leaky"]) + hidden["phasor"].imag
+        return {"leaky": leaky + p["drive"], "phasor": turned + p["drive"]}
+
+    structure = Structure(
+        affine=lambda theta: {"drive": Affine(None, theta["input_kernel"], theta["bias"])},
+        hidden_features=lambda hidden, inputs: {},
+        input_features=lambda inputs: {"drive": inputs},
+        combine=combine,
+        elementwise=lambda theta: theta["own"],
+    )
 
     def loss(params: Params, hidden: dict[str, jax.Array], inputs: jax.Array) -> tuple[jax.Array, tuple[()]]:
         read = params.readout * hidden["leaky"] + hidden["phasor"].real - 2 * hidden["phasor"].imag
         return jnp.sum((read - inputs) ** 2), ()
 
     generator = np.random.default_rng(6)
-    theta = {name: _normal(generator, 3, dtype=dtype) for name in ("decay", "turn", "keep", "gain")}
+    theta = {
+        "own": {name: _normal(generator, 3, dtype=dtype) for name in ("decay", "turn", "keep")},
+        "input_kernel": _normal(generator, 3, 3, dtype=dtype),
+        "bias": _normal(generator, 3, dtype=dtype),
+    }
     hidden = {
         "leaky": jnp.zeros(3, dtype),
         "phasor": jnp.full(3, 0.3 + 0.2j, jnp.result_type(dtype, jnp.complex64)),
     }
     params = Params(theta, _normal(generator, 3, dtype=dtype))
-    return Case(System(transition, loss), params, hidden, _normal(generator, length, 3, dtype=dtype))
+    system = System(transition_of(structure), loss, structure)
+    return Case(system, params, hidden, _normal(generator, length, 3, dtype=dtype))
 
 
 CELLS: dict[str, Callable[[int], cells.Cell]] = {
