@@ -20,9 +20,13 @@ from jtrunc.base import System as System
 from jtrunc.combinators import continuous_time as continuous_time
 from jtrunc.combinators import per_stream as per_stream
 from jtrunc.combinators import with_resets as with_resets
+from jtrunc.forward.diagonal import diagonal_rtrl as diagonal_rtrl
+from jtrunc.forward.eprop import eprop as eprop
+from jtrunc.forward.eprop import rflo as rflo
 from jtrunc.forward.nobacktrack import nobacktrack as nobacktrack
 from jtrunc.forward.noise import rademacher as rademacher
 from jtrunc.forward.rtrl import rtrl as rtrl
+from jtrunc.forward.snap import snap as snap
 from jtrunc.forward.uoro import uoro as uoro
 
 _ON_DEMAND = ("adapters", "optimizers", "tasks", "training")

@@ -17,6 +17,7 @@ import numpy as np
 
 from jtrunc.base import PyTree, Transition
 from jtrunc.coordinates import Coordinates, as_aval
+from jtrunc.forward.structured import Units
 from jtrunc.trees import is_key, partition_inexact
 
 
@@ -38,13 +39,45 @@ def pattern_of(transition: Transition, theta: PyTree, hidden: PyTree, inputs: Py
     Raises:
       ImportError: the optional package that reads it off the program is missing.
     """
-    arguments = (theta, hidden, inputs)
-    avals = tuple((leaf.shape, leaf.dtype) for leaf in map(as_aval, jax.tree.leaves(arguments)))
-    return _pattern(transition, avals, jax.tree.structure(arguments))
+    return _read_pattern(transition, transition, (theta, hidden, inputs))
+
+
+def _read_pattern(identity: Any, transition: Transition, arguments: tuple[PyTree, PyTree, PyTree]) -> Pattern:
+    """The pattern of a function, remembered under `identity` and the shapes of its arguments."""
+    avals = tuple(map(_raw_aval, jax.tree.leaves(arguments)))
+    return _pattern(_Remembered(identity, transition), avals, jax.tree.structure(arguments))
+
+
+class _RawAval(NamedTuple):
+    """Shape and dtype of a leaf; of a key those of its raw data, and how to make it a key again."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    key_impl: Any = None
+
+
+def _raw_aval(leaf: Any) -> _RawAval:
+    aval, impl = as_aval(leaf), None
+    if is_key(leaf):
+        aval, impl = jax.eval_shape(jax.random.key_data, leaf), jax.random.key_impl(leaf)
+    return _RawAval(aval.shape, aval.dtype, impl)
+
+
+class _Remembered:
+    """A function that counts as equal to another of the same identity."""
+
+    def __init__(self, identity: Any, function: Transition) -> None:
+        self.identity, self.function = identity, function
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Remembered) and self.identity is other.identity
+
+    def __hash__(self) -> int:
+        return hash(id(self.identity))
 
 
 @lru_cache(maxsize=32)
-def _pattern(transition: Transition, avals: tuple[Any, ...], treedef: Any) -> Pattern:
+def _pattern(remembered: _Remembered, avals: tuple[_RawAval, ...], treedef: Any) -> Pattern:
     try:
         from asdex import jacobian_sparsity
     except ImportError as error:
@@ -55,14 +88,14 @@ def _pattern(transition: Transition, avals: tuple[Any, ...], treedef: Any) -> Pa
         ) from error
 
     with jax.ensure_compile_time_eval():
-        raw = [_zeros(shape, dtype) for shape, dtype in avals]
+        raw = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
         theta, hidden, inputs = jax.tree.unflatten(treedef, raw)
         theta_space, hidden_space = Coordinates.of(theta), Coordinates.of(hidden)
 
         def run(theta_vector: Any, hidden_vector: Any, rest: Any, inputs: Any) -> jax.Array:
             theta_new = _with_vector(theta, theta_space, theta_vector)
             hidden_new = _with_vector(_keyed(rest, treedef, avals, 1), hidden_space, hidden_vector)
-            new = transition(theta_new, hidden_new, _keyed(inputs, treedef, avals, 2))
+            new = remembered.function(theta_new, hidden_new, _keyed(inputs, treedef, avals, 2))
             return hidden_space.tangent_vector(partition_inexact(new)[0])
 
         arguments = (
@@ -76,24 +109,15 @@ def _pattern(transition: Transition, avals: tuple[Any, ...], treedef: Any) -> Pa
     return Pattern(_merge_complex(by_theta, theta_space), by_hidden)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A leaf, keys as their raw data: patterns are read off plain arrays."""
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key_data(jax.random.key(0)), (*shape, 2))
-    return jnp.zeros(shape, dtype)
-
-
-def _keyed(tree: PyTree, treedef: Any, avals: tuple[Any, ...], argument: int) -> PyTree:
+def _keyed(tree: PyTree, treedef: Any, avals: tuple[_RawAval, ...], argument: int) -> PyTree:
     """Raw key data wrapped again, where the argument of the transition had keys."""
-    template = jax.tree.unflatten(treedef, list(avals_as_leaves(avals)))[argument]
-    return jax.tree.map(
-        lambda leaf, aval: jax.random.wrap_key_data(leaf) if is_key(aval) else leaf, tree, template
-    )
+    template = jax.tree.unflatten(treedef, range(len(avals)))[argument]
 
+    def wrap(leaf: jax.Array, index: int) -> jax.Array:
+        impl = avals[index].key_impl
+        return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
 
-def avals_as_leaves(avals: tuple[Any, ...]) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes as leaves of a tree."""
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals]
+    return jax.tree.map(wrap, tree, template)
 
 
 def _with_vector(tree: PyTree, space: Coordinates, vector: jax.Array) -> PyTree:
@@ -117,6 +141,42 @@ def _merge_complex(by_theta: np.ndarray, space: Coordinates) -> np.ndarray:
             start += leaf.size
         blocks.append(block)
     return np.concatenate(blocks, axis=1)
+
+
+def unit_pattern(
+    units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Which parts of a unit each slot of a map, and each elementwise parameter, moves within a step.
+
+    Returns:
+      ``{map: (s, G)}`` and (s,) for each real coordinate of the elementwise parameters, booleans.
+    """
+    structure, width = units.structure, units.width
+
+    def transition(theta: Any, hidden: PyTree, inputs: PyTree) -> PyTree:
+        elementwise, preactivations = theta
+        return structure.combine(elementwise, hidden, inputs, preactivations)
+
+    affine, elementwise = jax.eval_shape(
+        lambda theta: (structure.affine(theta), structure.elementwise(theta)), theta
+    )
+    preactivations = {
+        name: jax.ShapeDtypeStruct((slots * width,), jax.tree.leaves(affine[name])[0].dtype)
+        for name, slots in units.slots.items()
+    }
+    arguments = ((elementwise, preactivations), hidden, inputs)
+    found: np.ndarray = _read_pattern(structure.combine, transition, arguments).by_theta
+    by_part = found.reshape(units.parts, width, -1).any(axis=1)
+    columns = iter(np.split(by_part, range(width, found.shape[1], width), axis=1))
+    of_elementwise = []
+    for leaf in Coordinates.of(elementwise).leaves:
+        real_parts = 2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1
+        of_elementwise += [next(columns).any(axis=1)] * real_parts
+    maps = {
+        name: np.stack([next(columns).any(axis=1) for _ in range(units.slots[name])], axis=1)
+        for name in sorted(preactivations)
+    }
+    return maps, of_elementwise
 
 
 def colours_of(pattern: np.ndarray) -> np.ndarray:
