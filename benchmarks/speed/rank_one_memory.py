@@ -56,10 +56,11 @@ def row(name: str, make: Any, width: int, lengths: tuple[int, ...], structured: 
 
 def measure(quick: bool, effort: Effort) -> list[dict[str, Any]]:
     widths, lengths = ((4,), (4, 8)) if quick else ((64, 128, 256, 512), (100, 1000, 10_000))
+    declarations = (True,) if quick else (True, False)
     return [
         row(name, make, width, lengths, structured)
         for name, make in ESTIMATORS.items()
-        for structured in (True, False)
+        for structured in declarations
         for width in widths
     ]
 

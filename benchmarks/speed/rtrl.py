@@ -62,10 +62,7 @@ CASES = (
     Case(64, 100, to_floor=1.1, numpy=2.5, forward_steps=0, dtype=jnp.float64),
     Case(128, 40, to_floor=1.1, numpy=2.5, forward_steps=0, dtype=jnp.float64),
 )
-SMALL = (
-    Case(4, 3, to_floor=1.2, numpy=5.0, forward_steps=3),
-    Case(4, 3, to_floor=1.2, numpy=2.5, forward_steps=0, dtype=jnp.float64),
-)
+SMALL = (Case(4, 3, to_floor=1.2, numpy=2.5, forward_steps=3, dtype=jnp.float64),)
 FORWARD_MODE = Target(8.0, at_least=True)
 
 Gradient = Callable[[jtrunc.Params, Any, Any], Any]
@@ -238,9 +235,10 @@ def check_same_gradient(contest: Contest, programs: dict[str, Program], steps: d
     """All compute the gradient that backpropagation finds: the contest is fair."""
     system, params, hidden, inputs = contest
     exact = jtrunc.bptt(system)
+    reference = jax.jit(exact.update)
     for name, program in programs.items():
         window = jax.tree.map(lambda leaf, name=name: leaf[: int(steps[name])], inputs)
-        expected = exact.update(params, exact.init(params, hidden), window)[0].grads
+        expected = reference(params, exact.init(params, hidden), window)[0].grads
         found = program.run()[0][0]
         pairs = zip(jax.tree.leaves(expected.recurrent), jax.tree.leaves(found.recurrent), strict=True)
         error = max(float(np.linalg.norm(e - f) / np.linalg.norm(e)) for e, f in pairs)
