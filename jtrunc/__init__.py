@@ -23,6 +23,8 @@ from jtrunc.combinators import with_resets as with_resets
 from jtrunc.forward.diagonal import diagonal_rtrl as diagonal_rtrl
 from jtrunc.forward.eprop import eprop as eprop
 from jtrunc.forward.eprop import rflo as rflo
+from jtrunc.forward.kronecker import kf_rtrl as kf_rtrl
+from jtrunc.forward.kronecker import optimal_kronecker_sum as optimal_kronecker_sum
 from jtrunc.forward.nobacktrack import nobacktrack as nobacktrack
 from jtrunc.forward.noise import rademacher as rademacher
 from jtrunc.forward.rtrl import rtrl as rtrl

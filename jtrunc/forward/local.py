@@ -23,9 +23,9 @@ from jtrunc.forward.structured import (
     Weights,
     num_features,
     preactivation_jacobian,
+    required_units,
     theta_cotangent,
     unit_step,
-    units_of,
 )
 
 
@@ -94,14 +94,7 @@ def local_representation(
     """
 
     def units_at(params: Params, hidden: PyTree) -> Units:
-        units = units_of(system.structure, params.recurrent, hidden)
-        if units is None:
-            raise ValueError(
-                f"{owner}: `system.structure` must be one Structure on a state with leaves of shape (n,), "
-                f"not {type(system.structure).__name__} here; declare it (and take `per_stream` for a "
-                "batch), or take `rtrl`, `snap` or `uoro`"
-            )
-        return units
+        return required_units(owner, system.structure, params.recurrent, hidden)
 
     def init(params: Params, hidden: PyTree, key: jax.Array | None) -> ForwardState:
         units = units_at(params, hidden)

@@ -69,6 +69,18 @@ def units_of(structure: Any, theta: PyTree, hidden: PyTree) -> Units | None:
     return Units(structure, width, Coordinates.of(hidden).size // width, slots)
 
 
+def required_units(owner: str, structure: Any, theta: PyTree, hidden: PyTree) -> Units:
+    """`units_of`, or a clear error for an algorithm that cannot do without."""
+    units = units_of(structure, theta, hidden)
+    if units is None:
+        raise ValueError(
+            f"{owner}: `system.structure` must be one Structure on a state with leaves of shape (n,), "
+            f"not {type(structure).__name__} here; declare it (and take `per_stream` for a "
+            "batch), or take `rtrl`, `snap` or `uoro`"
+        )
+    return units
+
+
 class UnitStep(NamedTuple):
     """One linearised structured step; all arrays.
 
