@@ -108,8 +108,9 @@ def optimal_kronecker_sum(system: System, terms: int = 1, *, noise: Noise = rade
 
     The singular values that stand out are kept; the q others, with sum Σ, are mixed by
     L = √(Σ/(q−1)) diag(ε) X, where the columns of X are orthonormal and orthogonal to z,
-    zₖ² = 1 − (q−1) σₖ/Σ, so that E[L Lᵀ] = diag(σ). Unbiased as `kf_rtrl`, with less variance already for r = 1. Memory O(r S · outputs), cost that of
-    `kf_rtrl` times r, and two QR factorisations of r + 1 columns.
+    zₖ² = 1 − (q−1) σₖ/Σ, so that E[L Lᵀ] = diag(σ). Unbiased as `kf_rtrl`, with less variance already
+    for r = 1. Memory O(r S · outputs), cost that of `kf_rtrl` times r, and two QR factorisations of r + 1
+    columns.
 
     Args:
       system: with a `Structure` (one layer), on one stream.
@@ -217,7 +218,7 @@ def _optimal_sum(old: Kronecker, features: jax.Array, states: jax.Array, signs: 
     right_basis, right_triangle = _factor(right)
     p, singular, q = jnp.linalg.svd(left_triangle @ right_triangle.T)
     # A value of rounding alone would come back as its square root: a term that is not there.
-    rounding = jnp.finfo(singular.dtype).eps * len(singular) * singular[0]
+    rounding = jnp.finfo(singular.dtype).eps * 8 * len(singular) * singular[0]
     mixture = mix(jnp.where(singular > rounding, singular, 0), signs)
     u = (left_basis @ p @ mixture).T
     a = (right_basis @ q.T @ mixture).T
@@ -256,10 +257,11 @@ def _mix_keeping(kept: int, singular: jax.Array, signs: jax.Array) -> jax.Array:
     rest = singular[kept:]
     mixed = len(rest) - 1
     total = jnp.sum(rest)
-    share = jnp.where(total > 0, rest / jnp.where(total > 0, total, 1), 0)
-    z = jnp.sqrt(jnp.maximum(0, 1 - mixed * share))
+    # zₖ² Σ = Σ − (q−1) σₖ, written so that it is exactly 0 where the others are.
+    others = jnp.sum(jnp.where(jnp.eye(len(rest), dtype=bool), 0, rest[None]), axis=1)
+    z = jnp.sqrt(jnp.maximum(0, others - (mixed - 1) * rest))
     first = jnp.zeros_like(z).at[0].set(1)
-    z = jnp.where(total > 0, z / jnp.linalg.norm(z), first)
+    z = jnp.where(total > 0, z / jnp.where(total > 0, jnp.linalg.norm(z), 1), first)
     # A reflection that takes the first axis to z: its other columns are orthonormal, and orthogonal to z.
     w = first - z
     square = jnp.sum(jnp.square(w))
