@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -80,18 +81,25 @@ def walk(estimator: Any, case: Case, window: int, key: jax.Array | None = None) 
     What is left over at the end is one shorter window.
     """
     length = len(jax.tree.leaves(case.inputs)[0])
-
-    @jax.jit
-    def update(state: Any, inputs: Any) -> Any:
-        estimate, state = estimator.update(case.params, state, inputs)
-        return vector(estimate.grads), state
-
     state, rows = estimator.init(case.params, case.hidden, key), []
     inputs = jax.tree.map(np.asarray, case.inputs)  # slices of NumPy arrays compile nothing
     for start in range(0, length, window):
-        row, state = update(state, jax.tree.map(lambda leaf, at=start: leaf[at : at + window], inputs))
+        part = jax.tree.map(lambda leaf, at=start: leaf[at : at + window], inputs)
+        row, state = _gradient_vector(estimator)(case.params, state, part)
         rows.append(row)
     return np.stack(rows), state
+
+
+@cache
+def _gradient_vector(estimator: Any) -> Callable[..., Any]:
+    """A jitted update, kept: most of the tests' time is compilation."""
+
+    @jax.jit
+    def update(params: Any, state: Any, inputs: Any) -> Any:
+        estimate, state = estimator.update(params, state, inputs)
+        return vector(estimate.grads), state
+
+    return update
 
 
 def vector(grads: Any) -> jax.Array:

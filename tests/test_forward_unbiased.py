@@ -27,6 +27,9 @@ from tests.systems import Case
 Oracle = Callable[[reference.Linearised, Case, np.ndarray], np.ndarray]
 
 
+structured_tanh = partial(systems.structured, "tanh", width=2)
+
+
 class Enumerated(NamedTuple):
     """An estimator on a tiny case with all that it can draw.
 
@@ -84,12 +87,18 @@ def dense_covariance(case: Case) -> np.ndarray:
     return A.T @ np.diag(np.asarray(to_vector(metric.scales))) @ A
 
 
+def with_a_reset(length: int) -> Case:
+    """Two sequences in one stream; the second begins at the third step."""
+    case = structured_tanh(length)
+    system = jtrunc.with_resets(case.system, case.hidden + 0.1)
+    return case._replace(system=system, inputs=(jnp.arange(length) == 2, case.inputs))
+
+
 CHAINS: Oracle = lambda run, case, e: forward.nobacktrack(run, e)  # noqa: E731
 UORO: Oracle = lambda run, case, e: forward.uoro(run, e)  # noqa: E731
 KALMAN: Oracle = lambda run, case, e: forward.nobacktrack(run, e, dense_covariance(case))  # noqa: E731
 
 kalman = partial(jtrunc.nobacktrack, norms="kalman")
-structured_tanh = partial(systems.structured, "tanh", width=2)
 
 ENUMERATED = {
     "nobacktrack": Enumerated(
@@ -115,6 +124,9 @@ ENUMERATED = {
     ),
     "nobacktrack, leaves of many kinds": Enumerated(
         jtrunc.nobacktrack, partial(systems.nested, 2), lambda: signs(2, 1, 6)[::64], CHAINS
+    ),
+    "nobacktrack, a reset": Enumerated(
+        jtrunc.nobacktrack, partial(with_a_reset, 4), partial(signs, 4, 1, 2), CHAINS
     ),
     "nobacktrack, rank two": Enumerated(
         partial(jtrunc.nobacktrack, rank=2), partial(structured_tanh, 3), partial(signs, 3, 2, 2), CHAINS
