@@ -14,6 +14,7 @@ QUESTIONS = (
     "memory",
     "rtrl",
     "rank_one",
+    "influences",
     "rank_one_memory",
 )
 
