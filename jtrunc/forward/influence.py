@@ -9,6 +9,7 @@ contributes; a `Representation` says how it is begun and how one step changes it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,11 +39,24 @@ class ForwardState(NamedTuple):
 
 
 class RandomForwardState(NamedTuple):
-    """The state of a random estimator: h after the last step, its influence, and the key of the next."""
+    """The state of a random estimator: h after the last step, its influence, and the key of step `count`."""
 
     hidden: PyTree
     influence: PyTree
     key: jax.Array
+    count: jax.Array
+
+
+def draw_key(state: Any) -> jax.Array:
+    """The key of a state's next draw: keys of many steps are known at once."""
+    return jax.random.fold_in(state.key, state.count)
+
+
+def draw_keys(state: Any, length: int) -> jax.Array:
+    """The keys of the next `length` draws."""
+    return jax.vmap(partial(jax.random.fold_in, state.key))(
+        state.count + jnp.arange(length, dtype=jnp.uint32)
+    )
 
 
 class StepEstimate(NamedTuple):
@@ -77,13 +91,13 @@ class Representation(NamedTuple):
         moves the influence on, and pulls the loss's cotangent back through it, in the order of the algorithm.
       span: steps of `inputs` that one `advance` takes at once.
       window: like `advance`, for several steps at once, where that is faster: the result is the same. Its
-        estimate has the summed loss, and aux stacked over time.
+        estimate has the summed loss, and aux stacked over time. None where it does not apply.
     """
 
     init: Callable[[Params, PyTree, jax.Array | None], Any]
     advance: Callable[[Params, Any, PyTree], tuple[StepEstimate, Any]]
     span: int = 1
-    window: Callable[[Params, Any, PyTree], tuple[StepEstimate, Any]] | None = None
+    window: Callable[[Params, Any, PyTree], tuple[StepEstimate, Any] | None] = lambda *_: None
 
 
 def observe(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Observation:
@@ -137,8 +151,9 @@ def _window(
         aux = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], aux)
         return StepEstimate(loss.astype(wide_dtype(loss)), grads, aux), state
 
-    if representation.window is not None:
-        return representation.window(params, state, inputs)
+    together = representation.window(params, state, inputs)
+    if together is not None:
+        return together
 
     def body(carry: Any, inputs_t: PyTree) -> tuple[Any, Any]:
         state, total = carry

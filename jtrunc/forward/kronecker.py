@@ -20,6 +20,7 @@ from jtrunc.forward.influence import (
     RandomForwardState,
     Representation,
     StepEstimate,
+    draw_key,
     forward_estimator,
     observe,
 )
@@ -135,7 +136,7 @@ def optimal_kronecker_sum(system: System, terms: int = 1, *, noise: Noise = rade
 def _estimator(owner: str, system: System, noise: Noise, *, terms: int, reduce: Any) -> GradientEstimator:
     def init(params: Params, hidden: PyTree, key: Any) -> RandomForwardState:
         units = required_units(owner, system.structure, params.recurrent, hidden)
-        return RandomForwardState(hidden, _zeros(units, params.recurrent, hidden, terms), key)
+        return RandomForwardState(hidden, _zeros(units, params.recurrent, hidden, terms), key, jnp.uint32(0))
 
     advance = partial(_advance, owner, system, noise, terms, reduce)
     return forward_estimator(owner, system, Representation(init, advance), random=True)
@@ -167,11 +168,10 @@ def _advance(
 ) -> tuple[StepEstimate, RandomForwardState]:
     theta, hidden = params.recurrent, state.hidden
     units = required_units(owner, system.structure, theta, hidden)
-    key, draw = jax.random.split(state.key)
     step = unit_step(units, theta, hidden, inputs)
     seen = observe(system, params, step.hidden, inputs)
     jacobian = state_jacobian(units, step, hidden, inputs)
-    signs = draw_noise(owner, noise, draw, (len(units.slots), terms + 1), jacobian.dtype)
+    signs = draw_noise(owner, noise, draw_key(state), (len(units.slots), terms + 1), jacobian.dtype)
     maps, gradients = {}, {}
     for sign, name in zip(signs, sorted(units.slots), strict=True):
         old = state.influence.maps[name]
@@ -186,7 +186,9 @@ def _advance(
     through = theta_cotangent(
         units, theta, Weights(gradients, [seen.cotangent @ rows for rows in elementwise])
     )
-    return seen.add(through), RandomForwardState(step.hidden, KroneckerInfluence(maps, elementwise), key)
+    return seen.add(through), state._replace(
+        hidden=step.hidden, influence=KroneckerInfluence(maps, elementwise), count=state.count + 1
+    )
 
 
 def _own_units(units: Units, values: jax.Array) -> jax.Array:

@@ -11,12 +11,23 @@ import jax.numpy as jnp
 from jtrunc.base import GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_size, check_system
 from jtrunc.coordinates import Coordinates
-from jtrunc.forward.influence import Representation, StepEstimate, forward_estimator, observe
+from jtrunc.forward.gram import Injections, rank_one_window, span_of
+from jtrunc.forward.influence import (
+    Representation,
+    StepEstimate,
+    draw_key,
+    draw_keys,
+    forward_estimator,
+    observe,
+)
 from jtrunc.forward.noise import Noise, check_noise, draw_noise, rademacher
+from jtrunc.forward.rank_one import balance
 from jtrunc.forward.reduction import Chains, Reduction, reduction_of
+from jtrunc.forward.structured import Units, UnitStep, row_norms, units_of
 from jtrunc.forward.substeps import substeps_of
+from jtrunc.forward.window import in_chunks
 from jtrunc.optimizers.quasi_diagonal import QuasiDiagonal, identity
-from jtrunc.trees import add_into, wide_dtype
+from jtrunc.trees import add_into, num_time_steps, wide_dtype
 
 
 class NoBackTrackState(NamedTuple):
@@ -25,7 +36,8 @@ class NoBackTrackState(NamedTuple):
     Attributes:
       hidden: h after the last step.
       chains: v̄ and w̄: J ≈ the mean over K of v̄ₖ ⊗ w̄ₖ.
-      key: of the next signs.
+      key: of all signs.
+      count: uint32, steps so far: the signs of step t have the key ``fold_in(key, t)``.
       metric: the norms of θ that the training loop feeds back (Kalman), or None.
       blocks: which of the K chains carries each entry of θ (split), or None.
     """
@@ -33,6 +45,7 @@ class NoBackTrackState(NamedTuple):
     hidden: PyTree
     chains: Chains
     key: jax.Array
+    count: jax.Array
     metric: QuasiDiagonal | None = None
     blocks: PyTree = None
 
@@ -99,8 +112,9 @@ def nobacktrack(
             "weight to its bias, which may lie in another block; leave one of them out"
         )
     init = partial(_init, rank, split, norms)
-    advance = partial(_advance, system, noise, rank)
-    return forward_estimator("nobacktrack", system, Representation(init, advance), random=True)
+    advance, window = partial(_advance, system, noise, rank), partial(_window, system, noise, rank)
+    representation = Representation(init, advance, window=window)
+    return forward_estimator("nobacktrack", system, representation, random=True)
 
 
 def _init(rank: int, split: bool, norms: str, params: Params, hidden: PyTree, key: Any) -> NoBackTrackState:
@@ -116,13 +130,13 @@ def _init(rank: int, split: bool, norms: str, params: Params, hidden: PyTree, ke
     cotangents = jax.tree.map(lambda leaf: jnp.zeros((*copies, *leaf.shape), wide_dtype(leaf)), theta)
     chains = Chains(jnp.zeros((rank, space.size), space.dtype), cotangents)
     metric = identity(theta) if norms == "kalman" else None
-    return NoBackTrackState(hidden, chains, key, metric, blocks)
+    return NoBackTrackState(hidden, chains, key, jnp.uint32(0), metric, blocks)
 
 
 def _advance(
     system: System, noise: Noise, rank: int, params: Params, state: NoBackTrackState, inputs: PyTree
 ) -> tuple[StepEstimate, NoBackTrackState]:
-    key, draw = jax.random.split(state.key)
+    draw = draw_key(state)
     substeps = substeps_of(system, params.recurrent, state.hidden, inputs)
     draws = [draw] if len(substeps) == 1 else list(jax.random.split(draw, len(substeps)))
     hidden = substeps[-1].hidden
@@ -138,4 +152,40 @@ def _advance(
         shape = (rank, substep.size)
         signs = draw_noise("nobacktrack", noise, draw, shape, chains.tangents.dtype)
         chains = reduction.reduce(chains, substep, signs)
-    return seen.add(through), state._replace(hidden=hidden, chains=chains, key=key)
+    return seen.add(through), state._replace(hidden=hidden, chains=chains, count=state.count + 1)
+
+
+def _window(
+    system: System, noise: Noise, rank: int, params: Params, state: NoBackTrackState, inputs: PyTree
+) -> tuple[StepEstimate, NoBackTrackState] | None:
+    """A structured layer's window with Euclidean norms, on Gram matrices."""
+    units = units_of(system.structure, params.recurrent, state.hidden)
+    if units is None or state.metric is not None or state.blocks is not None:
+        return None
+    return in_chunks(partial(_chunk, system, noise, rank, units), params, state, inputs, span_of(inputs))
+
+
+def _chunk(
+    system: System,
+    noise: Noise,
+    rank: int,
+    units: Units,
+    params: Params,
+    state: NoBackTrackState,
+    inputs: PyTree,
+) -> tuple[StepEstimate, NoBackTrackState]:
+    length = num_time_steps(inputs)
+    tangents = state.chains.tangents
+    draw = partial(draw_noise, "nobacktrack", noise, shape=tangents.shape, dtype=tangents.dtype)
+    signs = jnp.swapaxes(jax.vmap(draw)(draw_keys(state, length)), 0, 1)
+
+    def inject(steps: UnitStep) -> Injections:
+        norms = jax.vmap(row_norms)(steps)
+        present = balance(jnp.ones_like(norms), norms)
+        return Injections(signs * present.tangent[None], signs * present.cotangent[None])
+
+    hidden, chains, grads, loss, aux = rank_one_window(
+        system, units, params, state.hidden, inputs, state.chains, inject, gradient_first=True
+    )
+    state = state._replace(hidden=hidden, chains=chains, count=state.count + length)
+    return StepEstimate(loss, grads, aux), state

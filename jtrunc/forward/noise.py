@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Noise = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 """``(key, shape, dtype) -> array`` of independent numbers with mean 0 and variance 1."""
@@ -20,7 +22,12 @@ def rademacher(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
       >>> sorted(set(signs.tolist())), bool(abs(signs.mean()) < 0.15)
       ([-1.0, 1.0], True)
     """
-    return jax.random.rademacher(key, shape, dtype)
+    # Each random word gives 32 signs: one for each of its bits.
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(1)
+    signs = 2 * bits.astype(jnp.int32) - 1
+    return signs.reshape(-1)[:size].reshape(shape).astype(dtype)
 
 
 def check_noise(owner: str, noise: Any) -> None:

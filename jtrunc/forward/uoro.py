@@ -11,18 +11,24 @@ import jax.numpy as jnp
 from jtrunc.base import GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_size, check_system
 from jtrunc.coordinates import Coordinates
+from jtrunc.forward.gram import Injections, rank_one_window, span_of
 from jtrunc.forward.influence import (
     RandomForwardState,
     Representation,
     StepEstimate,
+    draw_key,
+    draw_keys,
     forward_estimator,
     observe,
 )
 from jtrunc.forward.noise import Noise, check_noise, draw_noise, rademacher
 from jtrunc.forward.rank_one import balance, norm
+from jtrunc.forward.reduction import Chains
 from jtrunc.forward.steps import forward_step
+from jtrunc.forward.structured import Units, UnitStep, pulled_norm, units_of
+from jtrunc.forward.window import in_chunks
 from jtrunc.linearize import linear_map_with_transpose
-from jtrunc.trees import accumulator, cast_like, partition_inexact, wide_dtype
+from jtrunc.trees import accumulator, cast_like, num_time_steps, partition_inexact, wide_dtype
 
 
 class RankOne(NamedTuple):
@@ -72,26 +78,34 @@ def uoro(system: System, *, noise: Noise = rademacher, memory: int = 1) -> Gradi
     check_noise("uoro", noise)
     check_size("uoro", "memory", memory)
     advance = partial(_advance if memory == 1 else _advance_together, system, noise)
-    return forward_estimator("uoro", system, Representation(_init, advance, memory), random=True)
+    window = partial(_window, system, noise) if memory == 1 else _no_window
+    return forward_estimator("uoro", system, Representation(_init, advance, memory, window), random=True)
+
+
+def _no_window(params: Params, state: RandomForwardState, inputs: PyTree) -> None:
+    return None
 
 
 def _init(params: Params, hidden: PyTree, key: Any) -> RandomForwardState:
     space = Coordinates.of(hidden)
     zero = RankOne(jnp.zeros(space.size, space.dtype), accumulator(params.recurrent))
-    return RandomForwardState(hidden, zero, key)
+    return RandomForwardState(hidden, zero, key, jnp.uint32(0))
 
 
 def _advance(
     system: System, noise: Noise, params: Params, state: RandomForwardState, inputs: PyTree
 ) -> tuple[StepEstimate, RandomForwardState]:
-    key, draw = jax.random.split(state.key)
     step = forward_step(system, params.recurrent, state.hidden, inputs)
     seen = observe(system, params, step.hidden, inputs)
     old = RankOne(step.push(state.influence.tangent), state.influence.cotangent)
-    signs = draw_noise("uoro", noise, draw, old.tangent.shape, old.tangent.dtype)
+    signs = draw_noise("uoro", noise, draw_key(state), old.tangent.shape, old.tangent.dtype)
     influence = reduce_pairs(old, RankOne(signs, step.pull(signs)), step.pulled_norm(signs))
     through = scaled(seen.cotangent @ influence.tangent, influence.cotangent)
-    return seen.add(through), RandomForwardState(step.hidden, influence, key)
+    return seen.add(through), _moved(state, step.hidden, influence)
+
+
+def _moved(state: RandomForwardState, hidden: PyTree, influence: RankOne) -> RandomForwardState:
+    return state._replace(hidden=hidden, influence=influence, count=state.count + 1)
 
 
 def reduce_pairs(old: RankOne, new: RankOne, new_norm: jax.Array) -> RankOne:
@@ -115,7 +129,6 @@ def _advance_together(
     system: System, noise: Noise, params: Params, state: RandomForwardState, inputs: PyTree
 ) -> tuple[StepEstimate, RandomForwardState]:
     """Several steps as one transition h → h′: exact inside, and one noise vector for all of them."""
-    key, draw = jax.random.split(state.key)
     space = Coordinates.of(state.hidden)
     leaves, restore = partition_inexact(state.hidden)
 
@@ -134,10 +147,43 @@ def _advance_together(
     through = scaled(space.cotangent_vector(bars) @ tangent, cotangent)
     recurrent = jax.tree.map(jnp.add, through, cast_like(direct.recurrent, through))
     moved, _ = push(jax.tree.map(jnp.zeros_like, params), space.tangents(tangent))
-    signs = draw_noise("uoro", noise, draw, tangent.shape, tangent.dtype)
+    signs = draw_noise("uoro", noise, draw_key(state), tangent.shape, tangent.dtype)
     immediate = pull((space.cotangents(signs), jnp.zeros_like(loss)))[0].recurrent
     old, new = RankOne(space.tangent_vector(moved), cotangent), RankOne(signs, immediate)
     influence = reduce_pairs(old, new, norm(immediate))
-    return StepEstimate(loss, Params(recurrent, direct.readout), aux), RandomForwardState(
-        hidden, influence, key
+    grads = Params(recurrent, direct.readout)
+    return StepEstimate(loss, grads, aux), _moved(state, hidden, influence)
+
+
+def _window(
+    system: System, noise: Noise, params: Params, state: RandomForwardState, inputs: PyTree
+) -> tuple[StepEstimate, RandomForwardState] | None:
+    """A structured system's window, on Gram matrices."""
+    units = units_of(system.structure, params.recurrent, state.hidden)
+    if units is None:
+        return None
+    return in_chunks(partial(_chunk, system, noise, units), params, state, inputs, span_of(inputs))
+
+
+def _chunk(
+    system: System, noise: Noise, units: Units, params: Params, state: RandomForwardState, inputs: PyTree
+) -> tuple[StepEstimate, RandomForwardState]:
+    length = num_time_steps(inputs)
+    tangent, cotangent = state.influence
+    draw = partial(draw_noise, "uoro", noise, shape=tangent.shape, dtype=tangent.dtype)
+    signs = jax.vmap(draw)(draw_keys(state, length))
+
+    def inject(steps: UnitStep) -> Injections:
+        norms = jax.vmap(partial(pulled_norm, units))(steps, signs)
+        present = balance(jnp.linalg.norm(signs, axis=1), norms)
+        return Injections(
+            (present.tangent[:, None] * signs)[None], (present.cotangent[:, None] * signs)[None]
+        )
+
+    chains = Chains(tangent[None], jax.tree.map(lambda leaf: leaf[None], cotangent))
+    hidden, chains, grads, loss, aux = rank_one_window(
+        system, units, params, state.hidden, inputs, chains, inject, gradient_first=False
     )
+    influence = RankOne(*jax.tree.map(lambda leaf: leaf[0], tuple(chains)))
+    state = state._replace(hidden=hidden, influence=influence, count=state.count + length)
+    return StepEstimate(loss, grads, aux), state

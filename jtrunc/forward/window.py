@@ -10,6 +10,8 @@ steps. J is read and written once a window instead of once a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from jtrunc.backward.unroll import weighted_unroll
 from jtrunc.base import Params, PyTree, System
 from jtrunc.coordinates import Coordinates
+from jtrunc.devices import anchor, vary
 from jtrunc.forward.influence import ForwardState, StepEstimate
 from jtrunc.linearize import linear_map_with_transpose
 from jtrunc.trees import (
@@ -29,6 +32,8 @@ from jtrunc.trees import (
     split_at,
     wide_dtype,
 )
+
+Chunk = Callable[[Params, Any, PyTree], tuple[StepEstimate, Any]]
 
 
 def rows_like(theta: PyTree, space: Coordinates) -> PyTree:
@@ -52,33 +57,42 @@ def split_last(rows: PyTree) -> tuple[PyTree, PyTree]:
     return jax.tree.map(lambda leaf: leaf[:-1], rows), jax.tree.map(lambda leaf: leaf[-1], rows)
 
 
-def exact_window(
-    system: System, params: Params, state: ForwardState, inputs: PyTree
-) -> tuple[StepEstimate, ForwardState]:
-    """A window of any length in chunks of about S steps, so that memory stays that of J."""
+def in_chunks(run: Chunk, params: Params, state: Any, inputs: PyTree, span: int) -> tuple[StepEstimate, Any]:
+    """A window of any length in chunks of `span` steps, a shorter one first where they do not divide it.
+
+    Args:
+      run: ``(params, state, inputs) -> (StepEstimate, state)`` on one chunk, with the summed loss.
+    """
     length = num_time_steps(inputs)
-    span = min(length, max(16, Coordinates.of(state.hidden).size))
     ragged, rest = split_at(inputs, length % span)
-    estimates = []
-    grads = accumulator(params)
+    losses, auxes = [], []
+    anchored = anchor(params, state, inputs)
+    grads = vary(accumulator(params), anchored)
     if length % span:
-        (loss, first, aux), state = _chunk(system, params, state, ragged)
+        (loss, first, aux), state = run(params, state, ragged)
         grads = add_into(grads, first)
-        estimates.append((loss[None], aux))
+        losses.append(loss[None])
+        auxes.append(aux)
     if length >= span:
         chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, span, *leaf.shape[1:]), rest)
 
         def body(carry: Any, chunk: PyTree) -> tuple[Any, Any]:
             state, total = carry
-            (loss, grads, aux), state = _chunk(system, params, state, chunk)
+            (loss, grads, aux), state = run(params, state, chunk)
             return (state, add_into(total, grads)), (loss, aux)
 
-        (state, grads), (losses, aux) = jax.lax.scan(body, (state, grads), chunks)
-        aux = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
-        estimates.append((losses, aux))
-    losses = jnp.concatenate([losses for losses, _ in estimates])
-    aux = concatenate([aux for _, aux in estimates])
-    return StepEstimate(jnp.sum(losses), grads, aux), state
+        (state, grads), (loss, aux) = jax.lax.scan(body, (vary(state, anchored), grads), chunks)
+        losses.append(loss)
+        auxes.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux))
+    return StepEstimate(jnp.sum(jnp.concatenate(losses)), grads, concatenate(auxes)), state
+
+
+def exact_window(
+    system: System, params: Params, state: ForwardState, inputs: PyTree
+) -> tuple[StepEstimate, ForwardState]:
+    """A window of any length in chunks of about S steps, so that memory stays that of J."""
+    span = min(num_time_steps(inputs), max(16, Coordinates.of(state.hidden).size))
+    return in_chunks(partial(_chunk, system), params, state, inputs, span)
 
 
 def _chunk(
