@@ -164,6 +164,11 @@ def lstm(input_size: int, *, width: int = 128, forget_bias: float = 1.0, layers:
     return _stacked(layers, lambda size: cells.lstm(size, width, forget_bias), input_size, width)
 
 
+def linear_recurrent(input_size: int, *, width: int = 128, min_radius: float = 0.9) -> Any:
+    """Linear recurrent unit: complex, diagonal; `diagonal-rtrl` is exact for it."""
+    return cells.linear_recurrent(input_size, width, min_radius=min_radius)
+
+
 class Windowed(NamedTuple):
     """An estimator, and how it is fed.
 
@@ -238,6 +243,31 @@ def uoro(system: jtrunc.System, *, memory: int = 1, window: int = 0) -> Windowed
     return _forward(jtrunc.uoro(system, memory=memory), window or memory)
 
 
+def diagonal_rtrl(system: jtrunc.System, *, window: int = 1) -> Windowed:
+    """Exact influence of an elementwise recurrence (cell linear-recurrent), cheap."""
+    return _forward(jtrunc.diagonal_rtrl(system), window)
+
+
+def kf_rtrl(system: jtrunc.System, *, window: int = 1) -> Windowed:
+    """Unbiased Kronecker-factored influence: little variance, n³ a step."""
+    return _forward(jtrunc.kf_rtrl(system), window)
+
+
+def optimal_kronecker_sum(system: jtrunc.System, *, terms: int = 1, window: int = 1) -> Windowed:
+    """Unbiased sum of Kronecker products, reduced with the least variance."""
+    return _forward(jtrunc.optimal_kronecker_sum(system, terms), window)
+
+
+def snap(system: jtrunc.System, *, order: int = 1, window: int = 1) -> Windowed:
+    """Influence on the entries that `order` steps can fill: cheap for order 1, and biased."""
+    return _forward(jtrunc.snap(system, order), window)
+
+
+def eprop(system: jtrunc.System, *, window: int = 1) -> Windowed:
+    """Eligibility traces within each unit: the cheapest, and biased."""
+    return _forward(jtrunc.eprop(system), window)
+
+
 def long_enough(mean_length: float, alpha: float, probability: float = HIT_PROBABILITY) -> int:
     """A look-ahead N that an ARTBP window exceeds with at most `probability`.
 
@@ -282,7 +312,7 @@ TASKS = {
     "anbn": anbn,
     "music": music,
 }
-CELLS = {"lstm": lstm, "gru": gru, "tanh": tanh, "leaky": leaky}
+CELLS = {"lstm": lstm, "gru": gru, "tanh": tanh, "leaky": leaky, "linear-recurrent": linear_recurrent}
 ESTIMATORS = {
     "truncated-bptt": truncated_bptt,
     "online-artbp": online_artbp,
@@ -292,5 +322,10 @@ ESTIMATORS = {
     "rtrl": rtrl,
     "nobacktrack": nobacktrack,
     "uoro": uoro,
+    "diagonal-rtrl": diagonal_rtrl,
+    "kf-rtrl": kf_rtrl,
+    "optimal-kronecker-sum": optimal_kronecker_sum,
+    "snap": snap,
+    "eprop": eprop,
 }
 OPTIMIZERS = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "qdop": qdop}
