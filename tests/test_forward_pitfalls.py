@@ -53,40 +53,52 @@ def test_the_influence_starts_at_zero_and_the_first_step_is_exact(name, key):
     assert any(np.any(leaf) for leaf in carried(after))
 
 
-WINDOWS: dict[str, tuple[Callable[..., Any], str, int]] = {
-    "nobacktrack": (jtrunc.nobacktrack, "nested", 1),
-    "rank two": (partial(jtrunc.nobacktrack, rank=2), "stack", 1),
-    "split": (partial(jtrunc.nobacktrack, rank=2, split=True), "gru", 1),
-    "kalman": (partial(jtrunc.nobacktrack, norms="kalman"), "lstm", 1),
-    "uoro": (jtrunc.uoro, "nested", 1),
-    "memory": (partial(jtrunc.uoro, memory=2), "gru", 2),
-    "kf_rtrl": (jtrunc.kf_rtrl, "gru", 1),
-    "two terms": (partial(jtrunc.optimal_kronecker_sum, terms=2), "lstm", 1),
+class Windows(NamedTuple):
+    """An estimator, the system it runs on, the steps of its shortest window, and those of its longest."""
+
+    make: Callable[..., Any]
+    kind: str
+    shortest: int = 1
+    longest: int = 6
+
+
+WINDOWS = {
+    "nobacktrack": Windows(jtrunc.nobacktrack, "nested"),
+    "nobacktrack, structured": Windows(jtrunc.nobacktrack, "lstm", longest=37),
+    "rank two": Windows(partial(jtrunc.nobacktrack, rank=2), "linear_recurrent"),
+    "rank two, stack": Windows(partial(jtrunc.nobacktrack, rank=2), "stack"),
+    "split": Windows(partial(jtrunc.nobacktrack, rank=2, split=True), "gru"),
+    "kalman": Windows(partial(jtrunc.nobacktrack, norms="kalman"), "lstm"),
+    "uoro": Windows(jtrunc.uoro, "nested"),
+    "uoro, structured": Windows(jtrunc.uoro, "gru", longest=37),
+    "memory": Windows(partial(jtrunc.uoro, memory=2), "gru", shortest=2),
+    "kf_rtrl": Windows(jtrunc.kf_rtrl, "gru"),
+    "two terms": Windows(partial(jtrunc.optimal_kronecker_sum, terms=2), "lstm"),
 }
-"""An estimator, the system it runs on, and the steps of its shortest window."""
+"""37 steps are more than one chunk of the fast paths, and a ragged one."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_window_is_as_many_updates_of_one_step(name, key):
     """The same key: the same draws, the same sum, the same state."""
-    make, kind, shortest = WINDOWS[name]
-    case = systems.nested(6) if kind == "nested" else systems.structured(kind, 6)
+    make, kind, shortest, longest = WINDOWS[name]
+    case = systems.nested(longest) if kind == "nested" else systems.structured(kind, longest)
     estimator = make(case.system)
     steps, state = walk(estimator, case, shortest, key)
-    rows, after = walk(estimator, case, 6, key)
+    rows, after = walk(estimator, case, longest, key)
     same(rows.sum(axis=0), steps.sum(axis=0))
     for mine, other in zip(carried(after), carried(state), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-12)
-    other, _ = walk(estimator, case, shortest, jax.random.key(1))
-    assert apart(other.sum(axis=0), steps.sum(axis=0))
+    others = [walk(estimator, case, shortest, jax.random.key(seed))[0].sum(axis=0) for seed in range(6)]
+    assert any(apart(other, steps.sum(axis=0)) for other in others)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank two", "memory", "two terms"])
 def test_no_key_is_used_twice(name, key):
     """jax's checker follows every key through init and two windows."""
-    make, kind, _ = WINDOWS[name]
+    make, kind = WINDOWS[name][:2]
     case = systems.structured(kind, 4)
     estimator = make(case.system)
 
@@ -367,7 +379,7 @@ def test_bad_input_is_refused(name):
 def test_every_estimator_checks_what_it_is_given(name):
     make, key = EVERY[name], jax.random.key(0) if name in RANDOM else None
     with pytest.raises(TypeError, match="system"):
-        make(lambda theta, hidden, inputs: hidden)
+        make(lambda theta, hidden, inputs: hidden)  # pyright: ignore[reportArgumentType]
     if name in RANDOM:
         with pytest.raises(ValueError, match="key"):
             update(make)()
