@@ -12,6 +12,7 @@ from jtrunc.experiments import parts
 from jtrunc.experiments.demo import Demo as Demo
 from jtrunc.experiments.influence_balancing import InfluenceBalancing
 from jtrunc.experiments.names import describe
+from jtrunc.experiments.nobacktrack import NoBackTrack
 from jtrunc.experiments.ptb_characters import PtbCharacters
 from jtrunc.experiments.runs import Setup, compare, train
 
@@ -57,6 +58,7 @@ class Reproduce:
     experiment: (
         Annotated[InfluenceBalancing, tyro.conf.subcommand("influence-balancing", prefix_name=False)]
         | Annotated[PtbCharacters, tyro.conf.subcommand("ptb-characters", prefix_name=False)]
+        | Annotated[NoBackTrack, tyro.conf.subcommand("nobacktrack", prefix_name=False)]
     )
 
     def run(self) -> list[Path]:
