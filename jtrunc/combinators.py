@@ -190,8 +190,17 @@ def per_stream(
                     f"not shape {jnp.shape(leaf)}"
                 )
         estimates, states = jax.vmap(one_stream, in_axes=(0, 1))(state, inputs)
-        mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), (estimates.loss, estimates.grads))
+        mean = jax.tree.map(_mean_over_streams, (estimates.loss, estimates.grads))
         steps = estimates.num_steps[0] if all(known_steps) else estimates.num_steps
         return Estimate(mean[0], mean[1], steps, estimates.aux), states
 
     return GradientEstimator(init, update)
+
+
+def _mean_over_streams(leaf: jax.Array) -> jax.Array:
+    """The mean over the leading axis as a product: a fused sum would recompute its terms stream by stream."""
+    count = leaf.shape[0]
+    if count == 1:
+        return leaf[0]
+    weights = jnp.full((count,), 1 / count, leaf.dtype)
+    return jnp.tensordot(weights, leaf, axes=1)

@@ -99,8 +99,8 @@ class Curve(NamedTuple):
     @property
     def final(self) -> np.ndarray:
         """Bits a character in the last tenth of the run, (S,); inf where it is not finite."""
-        starts = self.characters[:-1] >= (1 - 1.5 * LAST_PART) * self.characters[-1]
-        sizes, bits = np.diff(self.characters)[starts], self.bits[1:][starts]
+        start = int(np.argmin(np.abs(self.characters[:-1] - (1 - LAST_PART) * self.characters[-1])))
+        sizes, bits = np.diff(self.characters)[start:], self.bits[start + 1 :]
         return finite_or_inf(np.average(bits, axis=0, weights=sizes))
 
     def median_at(self, characters: float) -> float:

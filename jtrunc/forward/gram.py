@@ -28,11 +28,11 @@ from jtrunc.forward.structured import (
     Weights,
     join_features,
     map_cotangents,
+    preactivations_of,
     theta_cotangent,
     unit_step,
 )
 from jtrunc.linearize import linear_map
-from jtrunc.structure import transition_of
 from jtrunc.trees import num_time_steps, partition_inexact, wide_dtype
 
 
@@ -60,14 +60,15 @@ class Scored(NamedTuple):
 
 def score(system: System, units: Units, params: Params, hidden: PyTree, inputs: PyTree) -> Scored:
     """Runs a window; its steps are linearised, and its losses differentiated, all together."""
-    theta, transition = params.recurrent, transition_of(units.structure)
+    theta, structure = params.recurrent, units.structure
 
     def move(hidden: PyTree, inputs_t: PyTree) -> tuple[PyTree, Any]:
-        new = transition(theta, hidden, inputs_t)
-        return new, (hidden, new)
+        preactivations = preactivations_of(units, theta, hidden, inputs_t)
+        new = structure.combine(structure.elementwise(theta), hidden, inputs_t, preactivations)
+        return new, (hidden, new, preactivations)
 
-    last, (before, after) = jax.lax.scan(move, hidden, inputs)
-    steps = jax.vmap(partial(unit_step, units, theta))(before, inputs)
+    last, (before, after, preactivations) = jax.lax.scan(move, hidden, inputs)
+    steps = jax.vmap(partial(unit_step, units, theta))(before, inputs, preactivations)
     leaves, restore = partition_inexact(after)
 
     def total(params: Params, leaves: list[jax.Array]) -> tuple[jax.Array, PyTree]:
@@ -116,14 +117,15 @@ def coordinates_of(units: Units, theta: PyTree, tree: PyTree) -> Weights:
     affine, elementwise = linear_map(read, theta)[1](tangents)
     space = Coordinates.of(elementwise)
     leaves = jax.tree.leaves(elementwise)
-    vector = space.cotangent_vector(leaves) if leaves else jnp.zeros(0)
+    vector = space.cotangent_vector(leaves) if leaves else jnp.zeros(0, space.dtype)
     rows = [vector[i : i + units.width] for i in range(0, vector.size, units.width)]
     return Weights({name: join_features(weights) for name, weights in affine.items()}, rows)
 
 
 def gram_matrix(steps: UnitStep, start: Weights, start_square: jax.Array, terms: Terms) -> jax.Array:
     """Γ (T + 1, T + 1) of w̄₀, P₁ … P_T."""
-    cross, inner = jnp.zeros(()), jnp.zeros(())
+    dtype = start_square.dtype
+    cross, inner = jnp.zeros((), dtype), jnp.zeros((), dtype)
     for name, outputs in terms.outputs.items():
         features = steps.features[name]
         cross = cross + jnp.sum((features @ start.maps[name]) * outputs, axis=1)
@@ -144,6 +146,7 @@ class Moved(NamedTuple):
 
 def move_chain(
     units: Units,
+    theta: PyTree,
     scored: Scored,
     inputs: PyTree,
     tangent: jax.Array,
@@ -157,17 +160,19 @@ def move_chain(
     def body(carry: Any, xs: Any) -> tuple[Any, None]:
         tangent, coefficients, square, gradient = carry
         step, before, inputs_t, cotangent, injected, row, index = xs
-        tangent = unit_push(units, step, before, inputs_t, tangent)
+        tangent = unit_push(units, theta, step, before, inputs_t, tangent)
         if gradient_first:
             gradient = gradient + (cotangent @ tangent) * coefficients
         past = balance(jnp.sqrt(squared_norm(tangent)), jnp.sqrt(square))
         tangent = past.tangent * tangent + injected
         coefficients = past.cotangent * coefficients
-        square = past.cotangent**2 * square + 2 * (row @ coefficients) + row[index]
+        alone = past.cotangent**2 * square + row[index]
+        # Rounding may cancel what is not zero: only a pair that is nothing may count as nothing.
+        square = jnp.maximum(alone + 2 * (row @ coefficients), jnp.finfo(row.dtype).eps * alone)
         coefficients = coefficients.at[index].set(1)
         if not gradient_first:
             gradient = gradient + (cotangent @ tangent) * coefficients
-        return (tangent, coefficients, jnp.maximum(square, 0), gradient), None
+        return (tangent, coefficients, square, gradient), None
 
     first = jnp.zeros_like(gram[0]).at[0].set(1)
     start = (tangent, first, gram[0, 0], jnp.zeros_like(first))
@@ -223,7 +228,7 @@ def rank_one_window(
         start = coordinates_of(units, theta, chain)
         terms = terms_of(units, scored.steps, own.rows)
         gram = gram_matrix(scored.steps, start, squared_norm(chain), terms)
-        moved = move_chain(units, scored, inputs, chains.tangents[k], own, gram, gradient_first)
+        moved = move_chain(units, theta, scored, inputs, chains.tangents[k], own, gram, gradient_first)
         tangents.append(moved.tangent)
         cotangents.append(_combined(units, theta, scored, chain, terms, moved.coefficients))
         terms_and_exact, scale = terms, moved.gradient / count

@@ -170,7 +170,7 @@ def _advance(
     units = required_units(owner, system.structure, theta, hidden)
     step = unit_step(units, theta, hidden, inputs)
     seen = observe(system, params, step.hidden, inputs)
-    jacobian = state_jacobian(units, step, hidden, inputs)
+    jacobian = state_jacobian(units, theta, step, hidden, inputs)
     signs = draw_noise(owner, noise, draw_key(state), (len(units.slots), terms + 1), jacobian.dtype)
     maps, gradients = {}, {}
     for sign, name in zip(signs, sorted(units.slots), strict=True):

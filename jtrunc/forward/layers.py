@@ -145,7 +145,7 @@ def layer_jacobians(layers: Layers, steps: list[LayerStep]) -> tuple[jax.Array, 
     total, starts = sum(layers.sizes), layers.starts
     upward, own = jnp.eye(total, dtype=dtype), jnp.zeros((total, total), dtype)
     for step, start, size in zip(steps, starts, layers.sizes, strict=True):
-        jacobian = state_jacobian(step.units, step.step, step.hidden, step.inputs)
+        jacobian = state_jacobian(step.units, step.theta, step.step, step.hidden, step.inputs)
         if len(steps) == 1:
             return upward, jacobian
         own = own.at[start : start + size, start : start + size].set(jacobian)

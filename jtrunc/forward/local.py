@@ -53,8 +53,8 @@ class UnitMask(NamedTuple):
     elementwise: list[Any]
 
 
-Propagator = Callable[[Units, UnitStep, PyTree, PyTree], jax.Array]
-"""``(units, step, hidden, inputs) -> B``, (s, s, n)."""
+Propagator = Callable[[Units, PyTree, UnitStep, PyTree, PyTree], jax.Array]
+"""``(units, theta, step, hidden, inputs) -> B``, (s, s, n)."""
 
 MaskOf = Callable[[Units, PyTree, PyTree, PyTree], UnitMask]
 """``(units, theta, hidden, inputs) -> UnitMask``."""
@@ -63,15 +63,17 @@ Signal = Callable[[Params, PyTree, PyTree], PyTree]
 """``(params, hidden, inputs) -> cotangent of hidden``."""
 
 
-def direct_propagator(units: Units, step: UnitStep, hidden: PyTree, inputs: PyTree) -> jax.Array:
+def direct_propagator(
+    units: Units, theta: PyTree, step: UnitStep, hidden: PyTree, inputs: PyTree
+) -> jax.Array:
     """E: what a unit keeps of its own state, at fixed preactivations."""
     return step.by_hidden
 
 
-def own_propagator(units: Units, step: UnitStep, hidden: PyTree, inputs: PyTree) -> jax.Array:
+def own_propagator(units: Units, theta: PyTree, step: UnitStep, hidden: PyTree, inputs: PyTree) -> jax.Array:
     """The blocks of D on its diagonal: E, and what a unit does to itself through the affine maps."""
     block = step.by_hidden
-    for name, rows in preactivation_jacobian(units, step, hidden, inputs).items():
+    for name, rows in preactivation_jacobian(units, theta, hidden, inputs).items():
         rows = rows.reshape(units.slots[name], units.width, units.parts, units.width)
         own = jnp.diagonal(rows, axis1=1, axis2=3)
         block = block + jnp.sum(step.by_map[name][:, :, None] * own[None], axis=1)
@@ -105,7 +107,7 @@ def local_representation(
         theta, units = params.recurrent, units_at(params, state.hidden)
         step = unit_step(units, theta, state.hidden, inputs)
         seen = observe(system, params, step.hidden, inputs)
-        block = propagator(units, step, state.hidden, inputs)
+        block = propagator(units, theta, step, state.hidden, inputs)
         influence = _propagate(units, step, block, state.influence)
         if mask_of is not None:
             influence = _masked(units, mask_of(units, theta, state.hidden, inputs), influence)
@@ -149,7 +151,10 @@ def _propagate(units: Units, step: UnitStep, block: jax.Array, influence: UnitIn
         old = old.reshape(units.parts, -1, units.slots[name], units.width)
         immediate = step.features[name][None, :, None, None] * step.by_map[name][:, None]
         moved = [
-            sum((block[new, part] * old[part] for part in range(units.parts)), start=immediate[new])
+            sum(
+                (block[new, part][None, None] * old[part] for part in range(units.parts)),
+                start=immediate[new],
+            )
             for new in range(units.parts)
         ]
         maps[name] = jnp.stack(moved).reshape(influence.maps[name].shape)
@@ -178,7 +183,7 @@ def _pull_back(units: Units, theta: PyTree, influence: UnitInfluence, cotangent:
     maps = {}
     for name, value in influence.maps.items():
         split = value.reshape(units.parts, -1, units.slots[name], units.width)
-        terms = [parts[part] * split[part] for part in range(units.parts)]
+        terms = [parts[part][None, None] * split[part] for part in range(units.parts)]
         maps[name] = sum(terms[1:], terms[0]).reshape(value.shape[1:])
     elementwise = [jnp.sum(parts * value, axis=0) for value in influence.elementwise]
     return theta_cotangent(units, theta, Weights(maps, elementwise))

@@ -68,7 +68,8 @@ def nobacktrack(
     contributes nothing (errata 17), so that the first step is exact and nothing is ever 0/0. Memory
     K (S + |θ|), independent of time; cost of a step about that of the network itself.
 
-    Layers (a `Stack` structure) are taken in turn, each with its own signs ("rolling", eq. 43 to 46).
+    Layers (a `Stack` structure) are taken in turn, each with its own signs ("rolling", eq. 43 to 46); the
+    exact term is then that of the top layer.
 
     Args:
       rank: K, independent chains, averaged: the variance of the past's part falls as 1/K.

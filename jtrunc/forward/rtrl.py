@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import GradientEstimator, Params, PyTree, System
-from jtrunc.checks import check_system
+from jtrunc.checks import check_size, check_system
 from jtrunc.coordinates import Coordinates
 from jtrunc.forward.influence import ForwardState, Representation, StepEstimate, forward_estimator, observe
 from jtrunc.forward.layers import Layers, layer_jacobians, layer_steps, layers_of, pull_layers
@@ -55,8 +55,8 @@ def rtrl(system: System, *, memory_limit: int | None = None) -> GradientEstimato
     Source: Williams & Zipser (1989); NoBackTrack paper (2015), eq. 3 to 6.
     """
     check_system("rtrl", system)
-    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int)):
-        raise TypeError(f"rtrl: `memory_limit` must be a number of bytes or None, not {memory_limit!r}")
+    if memory_limit is not None:
+        check_size("rtrl", "memory_limit", memory_limit)
 
     def init(params: Params, hidden: PyTree, key: jax.Array | None) -> ForwardState:
         make = partial(rows_like, params.recurrent, Coordinates.of(hidden))

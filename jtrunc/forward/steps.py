@@ -68,7 +68,7 @@ def structured_forward_step(
 
     return ForwardStep(
         step.hidden,
-        lambda tangent: unit_push(units, step, hidden, inputs, tangent),
+        lambda tangent: unit_push(units, theta, step, hidden, inputs, tangent),
         pull,
         lambda cotangent: structured.pulled_norm(units, step, cotangent),
         lambda: structured.row_norms(step),
@@ -76,7 +76,9 @@ def structured_forward_step(
     )
 
 
-def unit_push(units: Units, step: UnitStep, hidden: PyTree, inputs: PyTree, tangent: jax.Array) -> jax.Array:
+def unit_push(
+    units: Units, theta: PyTree, step: UnitStep, hidden: PyTree, inputs: PyTree, tangent: jax.Array
+) -> jax.Array:
     """D v = C Wᵀ ȧ + E v, ȧ = ∂a/∂h · v."""
     space = Coordinates.of(hidden)
     leaves, restore = partition_inexact(hidden)
@@ -86,7 +88,7 @@ def unit_push(units: Units, step: UnitStep, hidden: PyTree, inputs: PyTree, tang
     moved = push_features(space.tangents(tangent))
     parts = tangent.reshape(1, units.parts, units.width)
     result = jnp.sum(step.by_hidden * parts, axis=1)
-    for name, weights in step.weights.items():
+    for name, weights in units.structure.affine(theta).items():
         if weights.hidden_kernel is not None:
             slots = project(moved[name], weights.hidden_kernel).astype(space.dtype)
             slots = slots.reshape(1, units.slots[name], units.width)

@@ -86,7 +86,6 @@ class UnitStep(NamedTuple):
 
     Attributes:
       hidden: hₜ.
-      weights: ``{map: Affine}``.
       features: ``{map: (F,)}``, f = [a, a′, 1] with the parts that the map has.
       by_map: ``{map: (s, G, n)}``, C.
       by_elementwise: (s, n) for every real coordinate of the elementwise parameters.
@@ -94,22 +93,35 @@ class UnitStep(NamedTuple):
     """
 
     hidden: PyTree
-    weights: dict[str, Affine]
     features: Named
     by_map: Named
     by_elementwise: list[jax.Array]
     by_hidden: jax.Array
 
 
-def unit_step(units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree) -> UnitStep:
-    """Runs one step and takes its derivatives unit by unit."""
+def preactivations_of(units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Named:
+    """p of every map, (outputs,)."""
+    of_hidden = units.structure.hidden_features(hidden, inputs)
+    of_inputs = units.structure.input_features(inputs)
+    return {
+        name: _affine(weights, of_hidden.get(name), of_inputs.get(name))
+        for name, weights in units.structure.affine(theta).items()
+    }
+
+
+def unit_step(
+    units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree, preactivations: Named | None = None
+) -> UnitStep:
+    """Runs one step, from its preactivations where they are known, and takes its derivatives unit by unit."""
+    if preactivations is None:
+        preactivations = preactivations_of(units, theta, hidden, inputs)
     structure, space = units.structure, Coordinates.of(hidden)
     weights, elementwise = structure.affine(theta), structure.elementwise(theta)
     of_hidden, of_inputs = structure.hidden_features(hidden, inputs), structure.input_features(inputs)
-    preactivations, features = {}, {}
-    for name, map_weights in weights.items():
-        preactivations[name] = _affine(map_weights, of_hidden.get(name), of_inputs.get(name))
-        features[name] = _augmented(map_weights, of_hidden.get(name), of_inputs.get(name), space.dtype)
+    features = {
+        name: _augmented(map_weights, of_hidden.get(name), of_inputs.get(name), space.dtype)
+        for name, map_weights in weights.items()
+    }
     leaves, restore = partition_inexact(hidden)
 
     def combine(elementwise: PyTree, leaves: list[jax.Array], preactivations: Named) -> Any:
@@ -131,7 +143,7 @@ def unit_step(units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Un
     by_elementwise = [unit_vector((basis, no_leaves, no_map)) for basis in _unit_basis(elementwise)]
     by_hidden = [unit_vector((no_elementwise, basis, no_map)) for basis in _unit_basis(leaves)]
     new_hidden = jax.tree.unflatten(jax.tree.structure(hidden), new_leaves)
-    return UnitStep(new_hidden, weights, features, by_map, by_elementwise, jnp.stack(by_hidden, axis=1))
+    return UnitStep(new_hidden, features, by_map, by_elementwise, jnp.stack(by_hidden, axis=1))
 
 
 def _affine(weights: Affine, of_hidden: Any, of_inputs: Any) -> jax.Array:
@@ -168,7 +180,7 @@ def _unit_basis(tree: PyTree) -> list[PyTree]:
     return basis
 
 
-def preactivation_jacobian(units: Units, step: UnitStep, hidden: PyTree, inputs: PyTree) -> Named:
+def preactivation_jacobian(units: Units, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Named:
     """∂p/∂hₜ₋₁ of every map that reads the hidden state: ``{map: (outputs, S)}``.
 
     The rows of Wᵀ are pulled through the features; where a feature is a leaf of the state this is Wᵀ itself.
@@ -176,7 +188,7 @@ def preactivation_jacobian(units: Units, step: UnitStep, hidden: PyTree, inputs:
     space = Coordinates.of(hidden)
     leaves, restore = partition_inexact(hidden)
     jacobians = {}
-    for name, weights in step.weights.items():
+    for name, weights in units.structure.affine(theta).items():
         if weights.hidden_kernel is not None:
             pull = transposed(
                 lambda leaves, name=name: units.structure.hidden_features(restore(leaves), inputs)[name],
@@ -188,12 +200,12 @@ def preactivation_jacobian(units: Units, step: UnitStep, hidden: PyTree, inputs:
     return jacobians
 
 
-def state_jacobian(units: Units, step: UnitStep, hidden: PyTree, inputs: PyTree) -> jax.Array:
+def state_jacobian(units: Units, theta: PyTree, step: UnitStep, hidden: PyTree, inputs: PyTree) -> jax.Array:
     """D = C Wᵀ ∂a/∂h + E, (S, S)."""
     size, width = units.parts * units.width, units.width
     jacobian = jnp.einsum("abi,ij->aibj", step.by_hidden, jnp.eye(width, dtype=step.by_hidden.dtype))
     jacobian = jacobian.reshape(size, size)
-    for name, rows in preactivation_jacobian(units, step, hidden, inputs).items():
+    for name, rows in preactivation_jacobian(units, theta, hidden, inputs).items():
         rows = rows.reshape(units.slots[name], width, size)
         scaled = jnp.sum(step.by_map[name][..., None] * rows[None], axis=1)
         jacobian = jacobian + scaled.reshape(size, size)

@@ -29,7 +29,7 @@ from jtrunc.trees import (
     concatenate,
     num_time_steps,
     partition_inexact,
-    split_at,
+    read_rows,
     wide_dtype,
 )
 
@@ -64,24 +64,25 @@ def in_chunks(run: Chunk, params: Params, state: Any, inputs: PyTree, span: int)
       run: ``(params, state, inputs) -> (StepEstimate, state)`` on one chunk, with the summed loss.
     """
     length = num_time_steps(inputs)
-    ragged, rest = split_at(inputs, length % span)
+    ragged = length % span
     losses, auxes = [], []
     anchored = anchor(params, state, inputs)
     grads = vary(accumulator(params), anchored)
-    if length % span:
-        (loss, first, aux), state = run(params, state, ragged)
+    if ragged:
+        (loss, first, aux), state = run(params, state, read_rows(inputs, 0, ragged))
         grads = add_into(grads, first)
         losses.append(loss[None])
         auxes.append(aux)
     if length >= span:
-        chunks = jax.tree.map(lambda leaf: leaf.reshape(-1, span, *leaf.shape[1:]), rest)
+        # Chunks are read where they lie: slicing off the first steps would copy all of the others.
+        starts = jnp.arange(ragged, length, span)
 
-        def body(carry: Any, chunk: PyTree) -> tuple[Any, Any]:
+        def body(carry: Any, start: jax.Array) -> tuple[Any, Any]:
             state, total = carry
-            (loss, grads, aux), state = run(params, state, chunk)
+            (loss, grads, aux), state = run(params, state, read_rows(inputs, start, span))
             return (state, add_into(total, grads)), (loss, aux)
 
-        (state, grads), (loss, aux) = jax.lax.scan(body, (vary(state, anchored), grads), chunks)
+        (state, grads), (loss, aux) = jax.lax.scan(body, (vary(state, anchored), grads), starts)
         losses.append(loss)
         auxes.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux))
     return StepEstimate(jnp.sum(jnp.concatenate(losses)), grads, concatenate(auxes)), state
