@@ -154,7 +154,7 @@ def picture(figure: Figure, text: Text, curves: dict[str, Curve], path: Path) ->
     The paper calls its axis the average log-loss. Its curves rise again within a few characters, which an
     average since the start cannot do on a logarithmic axis; so the average here is a running one.
     """
-    canvas = Picture(figsize=(13, 5), layout="constrained")
+    canvas = Picture(figsize=(12, 5.6), layout="constrained")
     panels = canvas.subplots(1, 2, sharey=True)
     seconds = equal_time(curves)
     for i, curve in enumerate(curves.values()):
@@ -173,7 +173,7 @@ def picture(figure: Figure, text: Text, curves: dict[str, Curve], path: Path) ->
     panels[1].axvline(seconds, color="0.7", linewidth=0.8)
     panels[0].set(ylabel="bits a character", ylim=_limits(text, curves))
     handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, fontsize="small", loc="outside right center")
+    canvas.legend(handles, labels, fontsize="small", loc="outside lower center", ncols=5)
     canvas.suptitle(f"{figure.title}: {text.name}")
     canvas.savefig(path, dpi=150)
     return path
