@@ -254,21 +254,21 @@ def sparse_rows(
         [part.reshape(np.shape(leaf)) for part, leaf in zip(np.split(row, stops), leaves, strict=True)]
         for row in owners
     ]
+    simple = [[Owners.of(owner, space.size) for owner in row] for row in owner_leaves]
     trees = [pull(jnp.asarray(colours == colour, space.dtype)) for colour in range(len(owners))]
 
     def sum_by_row(colour: int, tree: PyTree) -> jax.Array:
         total = jnp.zeros(space.size + 1, space.dtype)
-        for leaf, owner in zip(jax.tree.leaves(tree), owner_leaves[colour], strict=True):
-            leaf, owner = _reduced(leaf, owner)
-            total = total.at[owner].add(leaf.astype(space.dtype))
+        for leaf, owner in zip(jax.tree.leaves(tree), simple[colour], strict=True):
+            total = owner.add(total, leaf)
         return total[:-1]
 
     def pull_rows(cotangent: jax.Array) -> PyTree:
         padded = jnp.append(cotangent, jnp.zeros(1, cotangent.dtype))
         total: Any = None
-        for tree, owner in zip(trees, owner_leaves, strict=True):
+        for tree, owner in zip(trees, simple, strict=True):
             terms = [
-                (_spread(padded, own) * leaf).astype(leaf.dtype)
+                (own.spread(padded, leaf.ndim) * leaf).astype(leaf.dtype)
                 for leaf, own in zip(jax.tree.leaves(tree), owner, strict=True)
             ]
             total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
@@ -277,22 +277,52 @@ def sparse_rows(
     return SparseRows(trees, sum_by_row, pull_rows, owner_leaves)
 
 
-def _by_column(owner: np.ndarray) -> bool:
-    """Whether the owner depends on the last axis alone, as it does for the kernel of an affine map."""
-    return owner.ndim > 1 and bool((owner == owner[(0,) * (owner.ndim - 1)]).all())
+class Owners(NamedTuple):
+    """Which row owns each entry of one leaf, as simply as it can be said.
 
+    Attributes:
+      axis: the one axis that the owner depends on, as for the kernel of an affine map, or None.
+      rows: the owners along that axis, or of all entries.
+      start: where these are ``start, start + 1, …``: that start, else None.
+    """
 
-def _reduced(leaf: jax.Array, owner: np.ndarray) -> tuple[jax.Array, np.ndarray]:
-    if _by_column(owner):
-        return jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1))), owner[(0,) * (owner.ndim - 1)]
-    return leaf, owner
+    axis: int | None
+    rows: np.ndarray
+    start: int | None
 
+    @classmethod
+    def of(cls, owner: np.ndarray, size: int) -> Owners:
+        """From an array of owners below `size`, or `size` for none."""
+        axis, rows = None, owner
+        for candidate in range(owner.ndim):
+            line = owner[tuple(slice(None) if i == candidate else 0 for i in range(owner.ndim))]
+            others = tuple(i for i in range(owner.ndim) if i != candidate)
+            if owner.ndim > 1 and owner.size and (owner == np.expand_dims(line, others)).all():
+                axis, rows = candidate, line
+                break
+        steady = rows.ndim == 1 and rows.size > 0 and rows[-1] < size and (np.diff(rows) == 1).all()
+        return cls(axis, rows, int(rows[0]) if steady else None)
 
-def _spread(padded: jax.Array, owner: np.ndarray) -> jax.Array:
-    if _by_column(owner):
-        row = padded[owner[(0,) * (owner.ndim - 1)]]
-        return jnp.expand_dims(row, tuple(range(owner.ndim - 1)))
-    return padded[owner]
+    def add(self, total: jax.Array, leaf: jax.Array) -> jax.Array:
+        """`total` (S + 1,) with the entries of a leaf added to their rows."""
+        if self.axis is not None:
+            # As a product: a sum over leading axes strides through memory.
+            lines = jnp.moveaxis(leaf, self.axis, -1).reshape(-1, leaf.shape[self.axis])
+            leaf = jnp.ones(len(lines), lines.dtype) @ lines
+        leaf = leaf.astype(total.dtype)
+        if self.start is not None:
+            return total.at[self.start : self.start + leaf.size].add(leaf)
+        return total.at[self.rows].add(leaf)
+
+    def spread(self, padded: jax.Array, ndim: int) -> jax.Array:
+        """Numbers a row (S + 1,) as numbers an entry, to be multiplied with a leaf of `ndim` axes."""
+        if self.start is not None:
+            values = padded[self.start : self.start + self.rows.size]
+        else:
+            values = padded[self.rows]
+        if self.axis is None:
+            return values
+        return jnp.expand_dims(values, tuple(i for i in range(ndim) if i != self.axis))
 
 
 def has_sparsity() -> bool:
