@@ -282,7 +282,10 @@ def unit_sums(units: Units, theta: PyTree, tree: PyTree) -> jax.Array:
 
     tangents = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, theta)
     affine, elementwise = linear_map(read, theta)[1](tangents)
-    total = sum(leaf.real for leaf in jax.tree.leaves(elementwise)) + jnp.zeros(units.width)
+    dtype = jnp.result_type(jnp.float32, *[leaf.real for leaf in jax.tree.leaves(tangents)])
+    total = jnp.zeros(units.width, dtype)
+    for leaf in jax.tree.leaves(elementwise):
+        total = total + leaf.real
     for name, weights in affine.items():
         columns = jnp.sum(join_features(weights), axis=0)
         total = total + jnp.sum(columns.reshape(units.slots[name], units.width), axis=0)
