@@ -132,6 +132,7 @@ def least_variance(vectors: np.ndarray, forms: np.ndarray) -> float:
 def _invariant_norms(covariance: np.ndarray, influence: np.ndarray) -> tuple[Norm, Norm]:
     """Eq. 59, 61, 62: ‖w‖² = wᵀ C_θ w;  ‖v‖² = Σᵢ vᵢ² / (G̃ C_θ G̃ᵀ)ᵢᵢ."""
     spread = np.einsum("ip,pq,iq->i", influence, covariance, influence)
+    spread = np.maximum(spread, 1e-2 * spread.max())  # the regularisation that the paper leaves open
     weights = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
     return lambda v: float(np.sqrt(weights @ v**2)), lambda w: float(np.sqrt(w @ covariance @ w))
 

@@ -78,7 +78,8 @@ def nobacktrack(
         (section 1.4): one w̄ in all. J = Σₖ v̄ₖ ⊗ w̄ restricted to block k.
       norms: "euclidean", or "kalman" (Appendix B): norms of θ from the `metric` in the state, which the
         training loop feeds back from `optimizers.qdop` after every update (`optimizers.feed_metric`), and
-        norms of h from the covariance that J gives it. Any norms leave the estimate unbiased.
+        norms of h from the covariance that J gives it, each variance counted as at least a hundredth of the
+        largest (the regularisation that the paper mentions). Any norms leave the estimate unbiased.
 
     Returns:
       A `GradientEstimator`; its `init` needs a key; `update` consumes all of `inputs`.

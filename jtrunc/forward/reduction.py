@@ -115,10 +115,7 @@ def _reduce_kalman(metric: QuasiDiagonal, chains: Chains, substep: Substep, sign
     covariance = jnp.sum(tangents * (gram @ tangents), axis=0)
     cross = 2 * jnp.sum(substep.own(tangents) * with_chains, axis=0) + row_squares
     covariance = substep.add_to_own(covariance, cross)
-    # J's rows can cancel; the covariance stays a small part above zero, as the paper's regularisation does.
-    floor = jnp.sum(jnp.square(tangents), axis=0) * jnp.max(jnp.diagonal(gram))
-    floor = substep.add_to_own(floor, row_squares) * FLOOR
-    covariance = jnp.maximum(covariance, floor)
+    covariance = jnp.maximum(covariance, LEAST_VARIANCE * jnp.max(covariance))
     known = covariance > 0
     inverse = jnp.where(known, 1 / jnp.where(known, covariance, 1), 0)
     tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents) * inverse[None], axis=1))
@@ -134,8 +131,11 @@ def _reduce_kalman(metric: QuasiDiagonal, chains: Chains, substep: Substep, sign
     )
 
 
-FLOOR = 1e-6
-"""The variance of a state under J is at least this part of what it would be if nothing cancelled."""
+LEAST_VARIANCE = 1e-2
+"""The variance of a unit counts as at least this part of the largest: the paper's "small regularization terms
+in the denominator" (Appendix B) in units of their own. Without it a unit that forgets fast has a norm without
+bound beside one that hardly forgets, its noise is charged to w̄, and so to the rows of the slow units, whose
+own norms then hide it: in a leaky network v̄ grows until it is infinite."""
 
 
 def _inner(metric: QuasiDiagonal, left: PyTree, right: PyTree) -> jax.Array:
