@@ -1,6 +1,10 @@
 """What each figure of the NoBackTrack paper compares, and what the paper says came out.
 
 A claim is judged by a rule on the numbers of all seeds, stated beside it; nothing is judged by eye.
+
+Figure 5 has the Kalman filter with two kinds of norms in the reduction. Those of Appendix B take the
+covariance of h from the noisy estimate J itself: a unit with much noise in J counts as one of large scale,
+and gets more of it. Where units forget at different speeds, as in a leaky network, this feeds back on itself.
 """
 
 from __future__ import annotations
