@@ -220,7 +220,7 @@ def carrying(v: np.ndarray, w: np.ndarray, case: Case) -> Callable[[Any], Any]:
     """A change of the first state: it carries v̄ ⊗ w̄."""
 
     def start(state: Any) -> Any:
-        cotangents = jax.tree.map(lambda leaf: leaf[None], from_vector(jnp.asarray(w), case.params.recurrent))
+        cotangents = (from_vector(jnp.asarray(w), case.params.recurrent),)
         return state._replace(
             chains=state.chains._replace(tangents=jnp.asarray(v)[None], cotangents=cotangents)
         )

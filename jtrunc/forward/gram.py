@@ -224,7 +224,7 @@ def rank_one_window(
     tangents, cotangents, gradients = [], [], []
     for k in range(count):
         own = jax.tree.map(lambda leaf, k=k: leaf[k], added)
-        chain = jax.tree.map(lambda leaf, k=k: leaf[k], chains.cotangents)
+        chain = chains.cotangents[k]
         start = coordinates_of(units, theta, chain)
         terms = terms_of(units, scored.steps, own.rows)
         gram = gram_matrix(scored.steps, start, squared_norm(chain), terms)
@@ -241,9 +241,8 @@ def rank_one_window(
         gradients.append(_combined(units, theta, scored, chain, terms_and_exact, scale))
     through = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *gradients)
     recurrent = jax.tree.map(lambda a, b: a + b.astype(a.dtype), through, scored.direct.recurrent)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cotangents)
     grads = Params(recurrent, scored.direct.readout)
-    return scored.hidden, Chains(jnp.stack(tangents), stacked), grads, scored.loss, scored.aux
+    return scored.hidden, Chains(jnp.stack(tangents), tuple(cotangents)), grads, scored.loss, scored.aux
 
 
 def _scale_rows(scale: jax.Array, rows: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ from jtrunc.forward.structured import Units, UnitStep, row_norms, units_of
 from jtrunc.forward.substeps import substeps_of
 from jtrunc.forward.window import in_chunks
 from jtrunc.optimizers.quasi_diagonal import QuasiDiagonal, identity
-from jtrunc.trees import add_into, num_time_steps, wide_dtype
+from jtrunc.trees import accumulator, add_into, num_time_steps
 
 
 class NoBackTrackState(NamedTuple):
@@ -128,8 +128,7 @@ def _init(rank: int, split: bool, norms: str, params: Params, hidden: PyTree, ke
         keys = jax.random.split(draw, max(1, len(leaves)))
         drawn = [jax.random.randint(k, leaf.shape, 0, rank) for k, leaf in zip(keys, leaves, strict=False)]
         blocks = jax.tree.unflatten(treedef, drawn)
-    copies = () if split else (rank,)
-    cotangents = jax.tree.map(lambda leaf: jnp.zeros((*copies, *leaf.shape), wide_dtype(leaf)), theta)
+    cotangents = tuple(accumulator(theta) for _ in range(1 if split else rank))
     chains = Chains(jnp.zeros((rank, space.size), space.dtype), cotangents)
     metric = identity(theta) if norms == "kalman" else None
     return NoBackTrackState(hidden, chains, key, jnp.uint32(0), metric, blocks)

@@ -21,10 +21,14 @@ from jtrunc.optimizers.quasi_diagonal import QuasiDiagonal
 
 
 class Chains(NamedTuple):
-    """v̄ (K, S), and w̄: a tree like θ with a leading axis K, or without one where θ is split."""
+    """v̄ (K, S), and w̄: K trees like θ, or one in all where θ is split.
+
+    Trees apart, and not one with an axis K: under `vmap` over streams such an axis is laid out anew all the
+    time, at the cost of a copy each.
+    """
 
     tangents: jax.Array
-    cotangents: PyTree
+    cotangents: tuple[PyTree, ...]
 
 
 class Reduction(NamedTuple):
@@ -51,18 +55,17 @@ def reduction_of(metric: QuasiDiagonal | None, blocks: PyTree) -> Reduction:
 def _pull_back(chains: Chains, cotangent: jax.Array) -> PyTree:
     """1/K Σₖ (c · v̄ₖ) w̄ₖ."""
     scales = chains.tangents @ cotangent / len(chains.tangents)
-    return jax.tree.map(lambda leaf: _weighted_sum(scales, leaf), chains.cotangents)
+    return jax.tree.map(lambda *leaves: _weighted_sum(scales, leaves), *chains.cotangents)
 
 
-def _weighted_sum(scales: jax.Array, leaf: jax.Array) -> jax.Array:
-    # A sum of few terms: a product with a (1, K) matrix would not be fused with what follows.
-    terms = [scale * row for scale, row in zip(scales, leaf, strict=True)]
-    return jnp.asarray(sum(terms[1:], terms[0]), leaf.dtype)
+def _weighted_sum(scales: jax.Array, leaves: tuple[jax.Array, ...]) -> jax.Array:
+    terms = [scale * leaf for scale, leaf in zip(scales, leaves, strict=True)]
+    return jnp.asarray(sum(terms[1:], terms[0]), leaves[0].dtype)
 
 
 def _reduce(chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
     tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents), axis=1))
-    cotangent_norms = jnp.stack([norm(chain) for chain in _each(chains)])
+    cotangent_norms = jnp.stack([norm(chain) for chain in chains.cotangents])
     return _sum_pairs(
         chains,
         substep,
@@ -72,10 +75,6 @@ def _reduce(chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
         jnp.ones((), chains.tangents.dtype),
         substep.row_norms(),
     )
-
-
-def _each(chains: Chains) -> list[PyTree]:
-    return [jax.tree.map(lambda leaf, k=k: leaf[k], chains.cotangents) for k in range(len(chains.tangents))]
 
 
 def _sum_pairs(
@@ -93,18 +92,18 @@ def _sum_pairs(
     tangents = past.tangent[:, None] * chains.tangents
     tangents = substep.add_to_own(tangents, signs * present.tangent[None])
     rows = [substep.pull(sign * present.cotangent) for sign in signs]
-    chains_of = [
+    cotangents = tuple(
         jax.tree.map(lambda w, i, scale=scale: (scale * w + i).astype(w.dtype), chain, row)
-        for scale, chain, row in zip(past.cotangent, _each(chains), rows, strict=True)
-    ]
-    return Chains(tangents, jax.tree.map(lambda *leaves: jnp.stack(leaves), *chains_of))
+        for scale, chain, row in zip(past.cotangent, chains.cotangents, rows, strict=True)
+    )
+    return Chains(tangents, cotangents)
 
 
 def _reduce_kalman(metric: QuasiDiagonal, chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
     """Norms of Appendix B: ‖w‖² = wᵀ C_θ w, ‖v‖² = Σᵢ vᵢ²/C_h,ii with C_h = J C_θ Jᵀ (eq. 59 to 64)."""
     count = len(chains.tangents)
     rows = substep.rows()
-    each = [quasi_diagonal.reduce(metric, chain) for chain in _each(chains)]
+    each = [quasi_diagonal.reduce(metric, chain) for chain in chains.cotangents]
     own = [quasi_diagonal.reduce(metric, tree) for tree in rows.trees]
     gram = jnp.stack([jnp.stack([_inner(metric, a, b) for b in each]) for a in each])
     row_squares = sum_over_colours(rows, own, own, metric.scales)
@@ -150,7 +149,7 @@ def _pull_back_split(blocks: PyTree, chains: Chains, cotangent: jax.Array) -> Py
     """Σₖ (c · v̄ₖ) w̄ restricted to block k."""
     scales = chains.tangents @ cotangent
     return jax.tree.map(
-        lambda block, leaf: (scales[block] * leaf).astype(leaf.dtype), blocks, chains.cotangents
+        lambda block, leaf: (scales[block] * leaf).astype(leaf.dtype), blocks, chains.cotangents[0]
     )
 
 
@@ -158,7 +157,7 @@ def _reduce_split(blocks: PyTree, chains: Chains, substep: Substep, signs: jax.A
     count = len(chains.tangents)
     rows = substep.rows()
     masks = [jax.tree.map(lambda block, k=k: block == k, blocks) for k in range(count)]
-    restricted = [jax.tree.map(jnp.multiply, chains.cotangents, mask) for mask in masks]
+    restricted = [jax.tree.map(jnp.multiply, chains.cotangents[0], mask) for mask in masks]
     tangent_norms = jnp.sqrt(jnp.sum(jnp.square(chains.tangents), axis=1))
     past = balance(tangent_norms, jnp.sqrt(jnp.stack([squared_norm(tree) for tree in restricted])))
     row_norms = jnp.sqrt(jnp.stack([rows.squared_norms(mask) for mask in masks]))
@@ -171,7 +170,7 @@ def _reduce_split(blocks: PyTree, chains: Chains, substep: Substep, signs: jax.A
             past.cotangent[block] * w + jnp.choose(block, list(rows), mode="clip")
         ).astype(w.dtype),
         blocks,
-        chains.cotangents,
+        chains.cotangents[0],
         *pulled,
     )
-    return Chains(tangents, cotangents)
+    return Chains(tangents, (cotangents,))

@@ -180,10 +180,10 @@ def _chunk(
             (present.tangent[:, None] * signs)[None], (present.cotangent[:, None] * signs)[None]
         )
 
-    chains = Chains(tangent[None], jax.tree.map(lambda leaf: leaf[None], cotangent))
+    chains = Chains(tangent[None], (cotangent,))
     hidden, chains, grads, loss, aux = rank_one_window(
         system, units, params, state.hidden, inputs, chains, inject, gradient_first=False
     )
-    influence = RankOne(*jax.tree.map(lambda leaf: leaf[0], tuple(chains)))
+    influence = RankOne(chains.tangents[0], chains.cotangents[0])
     state = state._replace(hidden=hidden, influence=influence, count=state.count + length)
     return StepEstimate(loss, grads, aux), state
