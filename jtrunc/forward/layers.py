@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jtrunc.base import PyTree
 from jtrunc.coordinates import Coordinates
+from jtrunc.devices import anchor, vary
 from jtrunc.forward.structured import (
     Units,
     UnitStep,
@@ -126,7 +127,7 @@ def _from_below(
 
     def by_below() -> jax.Array:
         pull = transposed(run, leaves)
-        rows = jnp.eye(space.size, dtype=space.dtype)
+        rows = vary(jnp.eye(space.size, dtype=space.dtype), anchor(here.theta, here.hidden, below, inputs))
         return jax.vmap(lambda row: below_space.cotangent_vector(pull(space.cotangents(row))))(rows)
 
     def push_below(tangent: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jtrunc.coordinates import Coordinates
 from jtrunc.forward.influence import ForwardState, Representation, StepEstimate, forward_estimator, observe
 from jtrunc.forward.layers import Layers, layer_jacobians, layer_steps, layers_of, pull_layers
 from jtrunc.forward.sparsity import has_sparsity, immediate_rows
-from jtrunc.forward.window import exact_window, multiply, rows_like, split_last
+from jtrunc.forward.window import basis, exact_window, multiply, rows_like, split_last
 from jtrunc.linearize import linear_step
 
 
@@ -101,7 +101,7 @@ def _dense_step(system: System, theta: PyTree, hidden: PyTree, inputs: PyTree) -
     """Any transition: D from S vector-Jacobian products, I from one a colour where its sparsity is known."""
     step = linear_step(system.transition, theta, hidden, inputs)
     space = Coordinates.of(hidden)
-    rows = jnp.eye(space.size, dtype=space.dtype)
+    rows = basis(space, theta, hidden, inputs)
     jacobian = jax.vmap(lambda row: step.pull_both(row)[1])(rows)
     if has_sparsity():
         immediate = immediate_rows(system.transition, theta, hidden, inputs, step.pull)

@@ -15,7 +15,7 @@ from jtrunc.forward.influence import ForwardState, Representation, StepEstimate,
 from jtrunc.forward.local import UnitMask, local_representation, own_propagator
 from jtrunc.forward.sparsity import immediate_rows, pattern_of, unit_pattern
 from jtrunc.forward.structured import Units, units_of
-from jtrunc.forward.window import multiply, rows_like
+from jtrunc.forward.window import basis, multiply, rows_like
 from jtrunc.linearize import linear_step
 
 
@@ -85,7 +85,7 @@ def _advance(
     step = linear_step(system.transition, theta, hidden, inputs)
     seen = observe(system, params, step.hidden, inputs)
     space = Coordinates.of(hidden)
-    rows = jnp.eye(space.size, dtype=space.dtype)
+    rows = basis(space, theta, hidden, inputs)
     jacobian = jax.vmap(lambda row: step.pull_both(row)[1])(rows)
     immediate = immediate_rows(system.transition, theta, hidden, inputs, step.pull)
     moved = multiply(jacobian, state.influence)

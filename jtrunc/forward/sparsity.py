@@ -17,6 +17,7 @@ import numpy as np
 
 from jtrunc.base import PyTree, Transition
 from jtrunc.coordinates import Coordinates, as_aval
+from jtrunc.devices import anchor, vary
 from jtrunc.forward.structured import Units
 from jtrunc.trees import is_key, partition_inexact
 
@@ -255,7 +256,10 @@ def sparse_rows(
         for row in owners
     ]
     simple = [[Owners.of(owner, space.size) for owner in row] for row in owner_leaves]
-    trees = [pull(jnp.asarray(colours == colour, space.dtype)) for colour in range(len(owners))]
+    anchored = anchor(theta, hidden, inputs)
+    trees = [
+        pull(vary(jnp.asarray(colours == colour, space.dtype), anchored)) for colour in range(len(owners))
+    ]
 
     def sum_by_row(colour: int, tree: PyTree) -> jax.Array:
         total = jnp.zeros(space.size + 1, space.dtype)

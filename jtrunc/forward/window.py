@@ -43,6 +43,11 @@ def rows_like(theta: PyTree, space: Coordinates) -> PyTree:
     )
 
 
+def basis(space: Coordinates, *trees: PyTree) -> jax.Array:
+    """The unit vectors (S, S), varying over a mesh as `trees` do."""
+    return vary(jnp.eye(space.size, dtype=space.dtype), anchor(*trees))
+
+
 def multiply(matrix: jax.Array, rows: PyTree) -> PyTree:
     """``M J`` for a matrix (R, S) and rows with leaves (S, ...)."""
 
@@ -113,7 +118,7 @@ def _chunk(
         params_bar, leaves_bar = pull((space.cotangents(row), loss_bar))
         return params_bar, space.cotangent_vector(leaves_bar)
 
-    rows = jnp.eye(space.size, dtype=space.dtype)
+    rows = basis(space, params, state, inputs)
     inside, jacobian = jax.vmap(lambda row: pull_row(row, jnp.zeros_like(loss)))(rows)
     direct, to_start = pull_row(jnp.zeros_like(rows[0]), jnp.ones_like(loss))
     moved, through = split_last(multiply(jnp.concatenate([jacobian, to_start[None]]), state.influence))
