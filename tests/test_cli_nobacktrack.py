@@ -116,7 +116,7 @@ GOOD = {
     2: {**{euclidean(k): (3.0, 2.05) for k in (1, 2, 10)}, RTRL: (3.0, 2.0)},
     3: {**{kalman(k): (3.0, 2.05) for k in (1, 2, 10)}, KALMAN_RTRL: (3.0, 2.0)},
     4: {**{kalman(k): (3.0, 2.2) for k in (1, 2, 10)}, RTRL: (3.0, 2.1), BPTT: (3.0, 2.0)},
-    5: {kalman(1): (0.3, 0.17), KALMAN_RTRL: (0.2, 0.15), RTRL: (0.3, 0.2), BPTT: (0.3, 0.27)},
+    5: {kalman(1): (0.3, 0.17), KALMAN_RTRL: (0.2, 0.15), BPTT: (0.3, 0.27)},
     6: {**{kalman(k): (3.0, 2.05) for k in (1, 2, 10)}, RTRL: (3.0, 2.1), BPTT: (3.0, 2.0)},
 }
 BAD = {
@@ -124,7 +124,7 @@ BAD = {
     2: {euclidean(2): (3.0, 2.4)},
     3: {kalman(10): (0.9, math.nan), kalman(1): (0.5, 0.9)},
     4: {BPTT: (3.0, 2.9), RTRL: (0.8, 0.9)},
-    5: {kalman(1): (0.3, 0.29), KALMAN_RTRL: (0.3, 0.3), BPTT: (0.3, 0.2), RTRL: (0.3, 0.3)},
+    5: {kalman(1): (0.3, 0.29), KALMAN_RTRL: (0.3, 0.3), BPTT: (0.3, 0.2)},
     6: {kalman(2): (3.0, 1.0)},
 }
 """Curves that turn every verdict of a figure around."""
