@@ -50,7 +50,7 @@ class NoBackTrack:
     output: Path | None = None
     """Folder for the results; it must not exist yet, or be empty. Default: runs/nobacktrack-figure-N."""
     steps: int = 0
-    """Characters that each run reads; 0: 300,000 of music, 4 million of aⁿbⁿ (ten minutes), a million of text."""
+    """Characters of each run; 0: 4 million in figure 5 (ten minutes), a million in 2 and 6, else 300,000."""
     seeds: int = 5
     """Runs of each algorithm, with seeds 0, 1, ...: initial weights, signs, feedback."""
     data: Path | None = None

@@ -139,8 +139,11 @@ UNSTABLE = (
 TRACKS = (
     Claim(
         "at 0.03/√t NoBackTrack tracks RTRL, even at rank 2",
-        "ranks 2 and 10 within 5 % of RTRL throughout the last decade of characters",
-        lambda curves, _: all(_follows(curves[euclidean(k)], curves[RTRL], 0.05) for k in RANKS[1:]),
+        "ranks 2 and 10 within 5 % of RTRL in the last decade of characters, which ends 10 % below its start",
+        lambda curves, _: (
+            _median(curves[RTRL]) < 0.9 * curves[RTRL].median_at(1)
+            and all(_follows(curves[euclidean(k)], curves[RTRL], 0.05) for k in RANKS[1:])
+        ),
     ),
 )
 FIXED = (
@@ -267,7 +270,7 @@ def _compressors(tokens: np.ndarray, vocabulary: corpora.Vocabulary, depth: int)
 
 FIGURES = {
     1: Figure("Euclidean, 1/√t", 300_000, music_file, _euclidean(1.0), UNSTABLE),
-    2: Figure("Euclidean, 0.03/√t", 300_000, music_file, _euclidean(0.03), TRACKS),
+    2: Figure("Euclidean, 0.03/√t", 1_000_000, music_file, _euclidean(0.03), TRACKS),
     3: Figure("Kalman", 300_000, music_file, (*_kalman(*RANKS), _KALMAN_RTRL), FIXED),
     4: Figure("Kalman and BPTT", 300_000, music_file, (*_kalman(*RANKS), _RTRL, _BPTT), COMPARABLE),
     5: Figure("Leaky network", 4_000_000, counting_file, (*_kalman(1), _KALMAN_RTRL, _BPTT), LONG_TERM),
