@@ -35,10 +35,12 @@ KALMAN_RTRL = "Kalman RTRL"
 
 
 def euclidean(rank: int) -> str:
+    """The name of NoBackTrack of this rank, Euclidean."""
     return f"NoBackTrack rank {rank}"
 
 
 def kalman(rank: int) -> str:
+    """The name of NoBackTrack of this rank with QDOP."""
     return f"Kalman NoBackTrack rank {rank}"
 
 
@@ -262,9 +264,10 @@ def _compressors(tokens: np.ndarray, vocabulary: corpora.Vocabulary, depth: int)
     """Bits a character of gzip, and of context-tree weighting on the beginning of the file."""
     begin = tokens[:CTW_CHARACTERS]
     bits = compression.context_tree_weighting(begin, vocabulary.size, depth)
+    part = "" if len(begin) == len(tokens) else f", first {CTW_CHARACTERS:,}"
     return {
         "gzip": compression.gzip_bits(vocabulary.decode(tokens)),
-        f"CTW depth {depth}": float(bits.mean()),
+        f"CTW depth {depth}{part}": float(bits.mean()),
     }
 
 
