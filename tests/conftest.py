@@ -12,11 +12,28 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Compiled programs are let go before a process runs out of memory maps (65,530 on Linux).
+
+    Each takes some; beyond the limit the compiler dies of a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture

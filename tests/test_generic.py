@@ -209,8 +209,8 @@ def test_float32_without_x64(name, kind):
 def test_two_updates_draw_different_cuts(name):
     case, _, state, update = build(ALL[name], "tanh", 64)
     first, after = update(case.params, state, case.inputs)
-    if hasattr(state, "count"):  # the draws of step t have the key fold_in(key, t)
-        assert after.count == state.count + 64
+    if hasattr(state, "num_draws"):  # the draws of step t have the key fold_in(key, t)
+        assert after.num_draws == state.num_draws + 64
     else:
         assert all(np.any(a != b) for a, b in zip(keys_of(after), keys_of(state), strict=True))
     assert len(keys_of(state)) >= 1

@@ -39,23 +39,23 @@ class ForwardState(NamedTuple):
 
 
 class RandomForwardState(NamedTuple):
-    """The state of a random estimator: h after the last step, its influence, and the key of step `count`."""
+    """The state of a random estimator: h after the last step, its influence, the key of draw `num_draws`."""
 
     hidden: PyTree
     influence: PyTree
     key: jax.Array
-    count: jax.Array
+    num_draws: jax.Array
 
 
 def draw_key(state: Any) -> jax.Array:
     """The key of a state's next draw: keys of many steps are known at once."""
-    return jax.random.fold_in(state.key, state.count)
+    return jax.random.fold_in(state.key, state.num_draws)
 
 
 def draw_keys(state: Any, length: int) -> jax.Array:
     """The keys of the next `length` draws."""
     return jax.vmap(partial(jax.random.fold_in, state.key))(
-        state.count + jnp.arange(length, dtype=jnp.uint32)
+        state.num_draws + jnp.arange(length, dtype=jnp.uint32)
     )
 
 

@@ -187,7 +187,7 @@ def _advance(
         units, theta, Weights(gradients, [seen.cotangent @ rows for rows in elementwise])
     )
     return seen.add(through), state._replace(
-        hidden=step.hidden, influence=KroneckerInfluence(maps, elementwise), count=state.count + 1
+        hidden=step.hidden, influence=KroneckerInfluence(maps, elementwise), num_draws=state.num_draws + 1
     )
 
 

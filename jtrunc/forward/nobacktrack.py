@@ -37,7 +37,7 @@ class NoBackTrackState(NamedTuple):
       hidden: h after the last step.
       chains: v̄ and w̄: J ≈ the mean over K of v̄ₖ ⊗ w̄ₖ.
       key: of all signs.
-      count: uint32, steps so far: the signs of step t have the key ``fold_in(key, t)``.
+      num_draws: uint32, steps so far: the signs of step t have the key ``fold_in(key, t)``.
       metric: the norms of θ that the training loop feeds back (Kalman), or None.
       blocks: which of the K chains carries each entry of θ (split), or None.
     """
@@ -45,7 +45,7 @@ class NoBackTrackState(NamedTuple):
     hidden: PyTree
     chains: Chains
     key: jax.Array
-    count: jax.Array
+    num_draws: jax.Array
     metric: QuasiDiagonal | None = None
     blocks: PyTree = None
 
@@ -153,7 +153,7 @@ def _advance(
         shape = (rank, substep.size)
         signs = draw_noise("nobacktrack", noise, draw, shape, chains.tangents.dtype)
         chains = reduction.reduce(chains, substep, signs)
-    return seen.add(through), state._replace(hidden=hidden, chains=chains, count=state.count + 1)
+    return seen.add(through), state._replace(hidden=hidden, chains=chains, num_draws=state.num_draws + 1)
 
 
 def _window(
@@ -188,5 +188,5 @@ def _chunk(
     hidden, chains, grads, loss, aux = rank_one_window(
         system, units, params, state.hidden, inputs, state.chains, inject, gradient_first=True
     )
-    state = state._replace(hidden=hidden, chains=chains, count=state.count + length)
+    state = state._replace(hidden=hidden, chains=chains, num_draws=state.num_draws + length)
     return StepEstimate(loss, grads, aux), state

@@ -105,7 +105,7 @@ def _advance(
 
 
 def _moved(state: RandomForwardState, hidden: PyTree, influence: RankOne) -> RandomForwardState:
-    return state._replace(hidden=hidden, influence=influence, count=state.count + 1)
+    return state._replace(hidden=hidden, influence=influence, num_draws=state.num_draws + 1)
 
 
 def reduce_pairs(old: RankOne, new: RankOne, new_norm: jax.Array) -> RankOne:
@@ -185,5 +185,5 @@ def _chunk(
         system, units, params, state.hidden, inputs, chains, inject, gradient_first=False
     )
     influence = RankOne(chains.tangents[0], chains.cotangents[0])
-    state = state._replace(hidden=hidden, influence=influence, count=state.count + length)
+    state = state._replace(hidden=hidden, influence=influence, num_draws=state.num_draws + length)
     return StepEstimate(loss, grads, aux), state
