@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jtrunc.base import Params, PyTree, System
 from jtrunc.coordinates import Coordinates
-from jtrunc.forward.rank_one import balance, squared_norm
+from jtrunc.forward.rank_one import balance, scaled, squared_norm
 from jtrunc.forward.reduction import Chains
 from jtrunc.forward.steps import unit_push
 from jtrunc.forward.structured import (
@@ -164,9 +164,9 @@ def move_chain(
         if gradient_first:
             gradient = gradient + (cotangent @ tangent) * coefficients
         past = balance(jnp.sqrt(squared_norm(tangent)), jnp.sqrt(square))
-        tangent = past.tangent * tangent + injected
-        coefficients = past.cotangent * coefficients
-        alone = past.cotangent**2 * square + row[index]
+        tangent = scaled(past.tangent, tangent) + injected.astype(tangent.dtype)
+        coefficients = scaled(past.cotangent, coefficients)
+        alone = scaled(past.cotangent**2, square) + row[index]
         # Rounding may cancel what is not zero: only a pair that is nothing may count as nothing.
         square = jnp.maximum(alone + 2 * (row @ coefficients), jnp.finfo(row.dtype).eps * alone)
         coefficients = coefficients.at[index].set(1)
@@ -254,9 +254,7 @@ def _combined(
 ) -> PyTree:
     """b₀ w̄₀ + Σ_s b_s P_s, a tree like θ (at least float32)."""
     added = theta_cotangent(units, theta, combine_terms(scored.steps, terms, coefficients[1:]))
-    return jax.tree.map(
-        lambda old, new: (coefficients[0] * old + new.astype(old.dtype)).astype(old.dtype), chain, added
-    )
+    return jax.tree.map(lambda old, new: scaled(coefficients[0], old) + new.astype(old.dtype), chain, added)
 
 
 SPAN = 32

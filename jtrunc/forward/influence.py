@@ -47,6 +47,14 @@ class RandomForwardState(NamedTuple):
     num_draws: jax.Array
 
 
+def counter_key(key: jax.Array) -> jax.Array:
+    """A key whose draws are the same one by one and many at a time, which those of "rbg" keys are not."""
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    words = jax.random.key_data(key).ravel()
+    return jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+
+
 def draw_key(state: Any) -> jax.Array:
     """The key of a state's next draw: keys of many steps are known at once."""
     return jax.random.fold_in(state.key, state.num_draws)
@@ -120,9 +128,13 @@ def forward_estimator(
     def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> Any:
         check_params(params)
         check_key(owner, key, random)
-        return strongly_typed(representation.init(params, hidden, key))
+        if not Coordinates.of(hidden).size:
+            raise ValueError(f"{owner}: `hidden` has no floating-point entries, which θ could influence")
+        key = None if key is None else counter_key(key)
+        return strongly_typed(representation.init(strongly_typed(params), hidden, key))
 
     def update(params: Params, state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
+        params = strongly_typed(params)
         length = check_step(system, params, state.hidden, inputs)
         if length % span:
             raise ValueError(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jtrunc.base import Params, PyTree, System
 from jtrunc.coordinates import Coordinates
 from jtrunc.forward.influence import ForwardState, Observation, Representation, StepEstimate, observe
+from jtrunc.forward.rank_one import scaled
 from jtrunc.forward.structured import (
     Units,
     UnitStep,
@@ -124,10 +125,11 @@ def _signal(
     if learning_signal is None:
         return seen.cotangent
     signal = learning_signal(params, hidden, inputs)
-    if jax.tree.structure(signal) != jax.tree.structure(hidden):
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (signal, hidden)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"`learning_signal` returned {jax.tree.structure(signal)} instead of a cotangent of the hidden "
-            f"state, {jax.tree.structure(hidden)}; return a tree like `hidden`"
+            f"`learning_signal` returned shapes {shapes[0]} instead of those of the hidden state, "
+            f"{shapes[1]}; return a tree like `hidden`"
         )
     return Coordinates.of(hidden).cotangent_vector(jax.tree.leaves(signal))
 
@@ -152,14 +154,14 @@ def _propagate(units: Units, step: UnitStep, block: jax.Array, influence: UnitIn
         immediate = step.features[name][None, :, None, None] * step.by_map[name][:, None]
         moved = [
             sum(
-                (block[new, part][None, None] * old[part] for part in range(units.parts)),
+                (scaled(block[new, part][None, None], old[part]) for part in range(units.parts)),
                 start=immediate[new],
             )
             for new in range(units.parts)
         ]
         maps[name] = jnp.stack(moved).reshape(influence.maps[name].shape)
     elementwise = [
-        jnp.sum(block * old[None], axis=1) + by
+        jnp.sum(scaled(block, old[None]), axis=1) + by
         for old, by in zip(influence.elementwise, step.by_elementwise, strict=True)
     ]
     return UnitInfluence(maps, elementwise)

@@ -23,7 +23,7 @@ from jtrunc.forward.influence import (
 from jtrunc.forward.noise import Noise, check_noise, draw_noise, rademacher
 from jtrunc.forward.rank_one import balance
 from jtrunc.forward.reduction import Chains, Reduction, reduction_of
-from jtrunc.forward.structured import Units, UnitStep, row_norms, units_of
+from jtrunc.forward.structured import Units, UnitStep, is_rearrangement, row_norms, units_of
 from jtrunc.forward.substeps import substeps_of
 from jtrunc.forward.window import in_chunks
 from jtrunc.optimizers.quasi_diagonal import QuasiDiagonal, identity
@@ -66,7 +66,8 @@ def nobacktrack(
     Unbiased for the gradient through all of the past at fixed θ; while θ moves, for the derivative along the
     trajectory of parameters (errata 22). The present step's own term is exact. A pair with a zero member
     contributes nothing (errata 17), so that the first step is exact and nothing is ever 0/0. Memory
-    K (S + |θ|), independent of time; cost of a step about that of the network itself.
+    K (S + |θ|), independent of time; cost of a step about that of the network itself. Where no structure is
+    declared, write a lookup ``E[x]`` as ``one_hot(x) @ E``: read off a program, a lookup may touch all of E.
 
     Layers (a `Stack` structure) are taken in turn, each with its own signs ("rolling", eq. 43 to 46); the
     exact term is then that of the top layer.
@@ -162,6 +163,8 @@ def _window(
     """A structured layer's window with Euclidean norms, on Gram matrices."""
     units = units_of(system.structure, params.recurrent, state.hidden)
     if units is None or state.metric is not None or state.blocks is not None:
+        return None
+    if not is_rearrangement(units, params.recurrent):
         return None
     return in_chunks(partial(_chunk, system, noise, rank, units), params, state, inputs, span_of(inputs))
 

@@ -30,11 +30,16 @@ def balance(tangent_norm: jax.Array, cotangent_norm: jax.Array) -> Scaling:
     """
     alive = (tangent_norm > 0) & (cotangent_norm > 0)
     ratio = jnp.where(alive, cotangent_norm, 1) / jnp.where(alive, tangent_norm, 1)
-    # A NaN norm is no zero: it must show.
-    alive = alive | jnp.isnan(tangent_norm) | jnp.isnan(cotangent_norm)
-    ratio = jnp.where(jnp.isnan(tangent_norm) | jnp.isnan(cotangent_norm), jnp.nan, ratio)
-    rho = jnp.sqrt(ratio)
+    # A NaN norm is no zero, and must show; but beside a zero it is cut off, as by a reset.
+    broken = jnp.isnan(tangent_norm + cotangent_norm) & (tangent_norm != 0) & (cotangent_norm != 0)
+    alive = alive | broken
+    rho = jnp.sqrt(jnp.where(broken, jnp.nan, ratio))
     return Scaling(jnp.where(alive, rho, 0), jnp.where(alive, 1 / rho, 0))
+
+
+def scaled(scale: jax.Array, leaf: jax.Array) -> jax.Array:
+    """``scale · leaf`` in the dtype of `leaf`; exactly 0 where the scale is: a reset stops infinities too."""
+    return jnp.where(scale == 0, 0, scale * leaf).astype(leaf.dtype)
 
 
 def squared_norm(tree: PyTree) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import PyTree
-from jtrunc.forward.rank_one import balance, norm, squared_norm
+from jtrunc.forward.rank_one import balance, norm, scaled, squared_norm
 from jtrunc.forward.sparsity import sum_over_colours
 from jtrunc.forward.substeps import Substep
 from jtrunc.optimizers import quasi_diagonal
@@ -59,7 +59,7 @@ def _pull_back(chains: Chains, cotangent: jax.Array) -> PyTree:
 
 
 def _weighted_sum(scales: jax.Array, leaves: tuple[jax.Array, ...]) -> jax.Array:
-    terms = [scale * leaf for scale, leaf in zip(scales, leaves, strict=True)]
+    terms = [scaled(scale, leaf) for scale, leaf in zip(scales, leaves, strict=True)]
     return jnp.asarray(sum(terms[1:], terms[0]), leaves[0].dtype)
 
 
@@ -89,11 +89,11 @@ def _sum_pairs(
     """Balances all pairs by their norms and sums them: (K,), (K,), ‖eᵢ‖ (size,) or (), ‖wᵢ‖ (size,)."""
     past = balance(tangent_norms, cotangent_norms)
     present = balance(jnp.broadcast_to(basis_norms, row_norms.shape), row_norms)
-    tangents = past.tangent[:, None] * chains.tangents
-    tangents = substep.add_to_own(tangents, signs * present.tangent[None])
+    tangents = scaled(past.tangent[:, None], chains.tangents)
+    tangents = substep.add_to_own(tangents, (signs * present.tangent[None]).astype(tangents.dtype))
     rows = [substep.pull(sign * present.cotangent) for sign in signs]
     cotangents = tuple(
-        jax.tree.map(lambda w, i, scale=scale: (scale * w + i).astype(w.dtype), chain, row)
+        jax.tree.map(lambda w, i, scale=scale: scaled(scale, w) + i.astype(w.dtype), chain, row)
         for scale, chain, row in zip(past.cotangent, chains.cotangents, rows, strict=True)
     )
     return Chains(tangents, cotangents)
@@ -148,9 +148,7 @@ def _inner(metric: QuasiDiagonal, left: PyTree, right: PyTree) -> jax.Array:
 def _pull_back_split(blocks: PyTree, chains: Chains, cotangent: jax.Array) -> PyTree:
     """Σₖ (c · v̄ₖ) w̄ restricted to block k."""
     scales = chains.tangents @ cotangent
-    return jax.tree.map(
-        lambda block, leaf: (scales[block] * leaf).astype(leaf.dtype), blocks, chains.cotangents[0]
-    )
+    return jax.tree.map(lambda block, leaf: scaled(scales[block], leaf), blocks, chains.cotangents[0])
 
 
 def _reduce_split(blocks: PyTree, chains: Chains, substep: Substep, signs: jax.Array) -> Chains:
@@ -162,12 +160,12 @@ def _reduce_split(blocks: PyTree, chains: Chains, substep: Substep, signs: jax.A
     past = balance(tangent_norms, jnp.sqrt(jnp.stack([squared_norm(tree) for tree in restricted])))
     row_norms = jnp.sqrt(jnp.stack([rows.squared_norms(mask) for mask in masks]))
     present = balance(jnp.ones_like(row_norms), row_norms)
-    tangents = past.tangent[:, None] * chains.tangents
-    tangents = substep.add_to_own(tangents, signs * present.tangent)
+    tangents = scaled(past.tangent[:, None], chains.tangents)
+    tangents = substep.add_to_own(tangents, (signs * present.tangent).astype(tangents.dtype))
     pulled = [rows.pull(sign * scale) for sign, scale in zip(signs, present.cotangent, strict=True)]
     cotangents = jax.tree.map(
         lambda block, w, *rows: (
-            past.cotangent[block] * w + jnp.choose(block, list(rows), mode="clip")
+            scaled(past.cotangent[block], w) + jnp.choose(block, list(rows), mode="clip")
         ).astype(w.dtype),
         blocks,
         chains.cotangents[0],

@@ -14,7 +14,7 @@ from jtrunc.checks import check_size, check_system
 from jtrunc.coordinates import Coordinates
 from jtrunc.forward.influence import ForwardState, Representation, StepEstimate, forward_estimator, observe
 from jtrunc.forward.layers import Layers, layer_jacobians, layer_steps, layers_of, pull_layers
-from jtrunc.forward.sparsity import has_sparsity, immediate_rows
+from jtrunc.forward.sparsity import UnreadableError, immediate_rows
 from jtrunc.forward.window import basis, exact_window, multiply, rows_like, split_last
 from jtrunc.linearize import linear_step
 
@@ -103,9 +103,9 @@ def _dense_step(system: System, theta: PyTree, hidden: PyTree, inputs: PyTree) -
     space = Coordinates.of(hidden)
     rows = basis(space, theta, hidden, inputs)
     jacobian = jax.vmap(lambda row: step.pull_both(row)[1])(rows)
-    if has_sparsity():
+    try:
         immediate = immediate_rows(system.transition, theta, hidden, inputs, step.pull)
-    else:
+    except (ImportError, UnreadableError):
         immediate = jax.vmap(step.pull)(rows)
     return DenseStep(step.hidden, jacobian, immediate, step.pull)
 

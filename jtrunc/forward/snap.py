@@ -27,7 +27,8 @@ def snap(system: System, order: int) -> GradientEstimator:
     Biased: an influence that takes more than n steps to reach a unit is dropped, for ever. With n growing Mₙ
     fills up and SnAp-n becomes `rtrl`; in a densely connected network n = 2 is enough. Patterns are those of
     the program: one-hot inputs and dead units erase nothing. With n = 1 and a `Structure`, memory s |θ| and
-    cost O(s² |θ|) for s numbers of state a unit; else the memory and cost of `rtrl`.
+    cost O(s² |θ|) for s numbers of state a unit; else the memory and cost of `rtrl`. Read off a program, a
+    lookup ``E[x]`` counts as touching all of E: write ``one_hot(x) @ E``, or declare a structure.
 
     Args:
       order: n ≥ 1.

@@ -6,7 +6,6 @@ units erase nothing of it. Rows of ∂F/∂θ that share no parameter get one co
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +19,10 @@ from jtrunc.coordinates import Coordinates, as_aval
 from jtrunc.devices import anchor, vary
 from jtrunc.forward.structured import Units
 from jtrunc.trees import is_key, partition_inexact
+
+
+class UnreadableError(ValueError):
+    """The sparsity of a transition cannot be read off its program."""
 
 
 class Pattern(NamedTuple):
@@ -39,6 +42,7 @@ def pattern_of(transition: Transition, theta: PyTree, hidden: PyTree, inputs: Py
 
     Raises:
       ImportError: the optional package that reads it off the program is missing.
+      UnreadableError: it cannot read this one.
     """
     return _read_pattern(transition, transition, (theta, hidden, inputs))
 
@@ -105,7 +109,15 @@ def _pattern(remembered: _Remembered, avals: tuple[_RawAval, ...], treedef: Any)
             hidden,
             inputs,
         )
-        found = [jacobian_sparsity(run, *arguments, argnums=argument) for argument in (0, 1)]
+        try:
+            found = [jacobian_sparsity(run, *arguments, argnums=argument) for argument in (0, 1)]
+        except Exception as error:  # whatever the reader stumbles over, the remedy is the same
+            raise UnreadableError(
+                "the sparsity of `system.transition` cannot be read off its program: pass traced arrays "
+                "through `inputs` or `hidden` instead of closing over them, declare `System.structure`, or "
+                "take `uoro` or `rtrl`, which need no sparsity "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
     by_theta, by_hidden = (_dense(pattern) for pattern in found)
     return Pattern(_merge_complex(by_theta, theta_space), by_hidden)
 
@@ -133,7 +145,7 @@ def _dense(pattern: Any) -> np.ndarray:
 
 def _merge_complex(by_theta: np.ndarray, space: Coordinates) -> np.ndarray:
     """Columns of real and imaginary parts as one column a complex entry."""
-    blocks, start = [], 0
+    blocks, start = [by_theta[:, :0]], 0
     for leaf in space.leaves:
         block = by_theta[:, start : start + leaf.size]
         start += leaf.size
@@ -298,10 +310,10 @@ class Owners(NamedTuple):
     def of(cls, owner: np.ndarray, size: int) -> Owners:
         """From an array of owners below `size`, or `size` for none."""
         axis, rows = None, owner
-        for candidate in range(owner.ndim):
+        for candidate in range(owner.ndim if owner.size else 0):
             line = owner[tuple(slice(None) if i == candidate else 0 for i in range(owner.ndim))]
             others = tuple(i for i in range(owner.ndim) if i != candidate)
-            if owner.ndim > 1 and owner.size and (owner == np.expand_dims(line, others)).all():
+            if owner.ndim > 1 and (owner == np.expand_dims(line, others)).all():
                 axis, rows = candidate, line
                 break
         steady = rows.ndim == 1 and rows.size > 0 and rows[-1] < size and (np.diff(rows) == 1).all()
@@ -327,11 +339,6 @@ class Owners(NamedTuple):
         if self.axis is None:
             return values
         return jnp.expand_dims(values, tuple(i for i in range(ndim) if i != self.axis))
-
-
-def has_sparsity() -> bool:
-    """Whether patterns can be read off programs here."""
-    return importlib.util.find_spec("asdex") is not None
 
 
 def immediate_rows(

@@ -292,6 +292,15 @@ def unit_sums(units: Units, theta: PyTree, tree: PyTree) -> jax.Array:
     return total
 
 
+def is_rearrangement(units: Units, theta: PyTree) -> bool:
+    """Whether the structure uses each entry of θ once at most: norms are then the same in its coordinates."""
+    with jax.ensure_compile_time_eval():
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), theta)
+        (affine, elementwise), pull = _coordinates_of_theta(units, zeros)
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), (affine, elementwise))
+        return all(bool((jnp.abs(leaf) <= 1).all()) for leaf in jax.tree.leaves(pull(ones)))
+
+
 def pulled_norm(units: Units, step: UnitStep, cotangent: jax.Array) -> jax.Array:
     """‖cᵀ I‖, from factors alone: ‖f ⊗ δ‖ = ‖f‖ ‖δ‖."""
     deltas = map_cotangents(units, step, cotangent)

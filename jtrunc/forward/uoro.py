@@ -22,10 +22,10 @@ from jtrunc.forward.influence import (
     observe,
 )
 from jtrunc.forward.noise import Noise, check_noise, draw_noise, rademacher
-from jtrunc.forward.rank_one import balance, norm
+from jtrunc.forward.rank_one import balance, norm, scaled
 from jtrunc.forward.reduction import Chains
 from jtrunc.forward.steps import forward_step
-from jtrunc.forward.structured import Units, UnitStep, pulled_norm, units_of
+from jtrunc.forward.structured import Units, UnitStep, is_rearrangement, pulled_norm, units_of
 from jtrunc.forward.window import in_chunks
 from jtrunc.linearize import linear_map_with_transpose
 from jtrunc.trees import accumulator, cast_like, num_time_steps, partition_inexact, wide_dtype
@@ -100,7 +100,7 @@ def _advance(
     old = RankOne(step.push(state.influence.tangent), state.influence.cotangent)
     signs = draw_noise("uoro", noise, draw_key(state), old.tangent.shape, old.tangent.dtype)
     influence = reduce_pairs(old, RankOne(signs, step.pull(signs)), step.pulled_norm(signs))
-    through = scaled(seen.cotangent @ influence.tangent, influence.cotangent)
+    through = jax.tree.map(partial(scaled, seen.cotangent @ influence.tangent), influence.cotangent)
     return seen.add(through), _moved(state, step.hidden, influence)
 
 
@@ -113,16 +113,12 @@ def reduce_pairs(old: RankOne, new: RankOne, new_norm: jax.Array) -> RankOne:
     past = balance(norm(old.tangent), norm(old.cotangent))
     present = balance(norm(new.tangent), new_norm)
     cotangent = jax.tree.map(
-        lambda w, i: (past.cotangent * w + present.cotangent * i.astype(w.dtype)).astype(w.dtype),
+        lambda w, i: scaled(past.cotangent, w) + (present.cotangent * i).astype(w.dtype),
         old.cotangent,
         new.cotangent,
     )
-    return RankOne(past.tangent * old.tangent + present.tangent * new.tangent, cotangent)
-
-
-def scaled(scale: jax.Array, tree: PyTree) -> PyTree:
-    """``scale · tree`` in the dtypes of `tree`."""
-    return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), tree)
+    tangent = scaled(past.tangent, old.tangent) + scaled(present.tangent, new.tangent)
+    return RankOne(tangent, cotangent)
 
 
 def _advance_together(
@@ -144,7 +140,7 @@ def _advance_together(
     push, pull, (hidden, loss, aux) = linear_map_with_transpose(run, params, leaves)
     direct, bars = pull((jax.tree.map(jnp.zeros_like, leaves), jnp.ones_like(loss)))
     tangent, cotangent = state.influence
-    through = scaled(space.cotangent_vector(bars) @ tangent, cotangent)
+    through = jax.tree.map(partial(scaled, space.cotangent_vector(bars) @ tangent), cotangent)
     recurrent = jax.tree.map(jnp.add, through, cast_like(direct.recurrent, through))
     moved, _ = push(jax.tree.map(jnp.zeros_like, params), space.tangents(tangent))
     signs = draw_noise("uoro", noise, draw_key(state), tangent.shape, tangent.dtype)
@@ -160,7 +156,7 @@ def _window(
 ) -> tuple[StepEstimate, RandomForwardState] | None:
     """A structured system's window, on Gram matrices."""
     units = units_of(system.structure, params.recurrent, state.hidden)
-    if units is None:
+    if units is None or not is_rearrangement(units, params.recurrent):
         return None
     return in_chunks(partial(_chunk, system, noise, units), params, state, inputs, span_of(inputs))
 

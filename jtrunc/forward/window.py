@@ -49,10 +49,13 @@ def basis(space: Coordinates, *trees: PyTree) -> jax.Array:
 
 
 def multiply(matrix: jax.Array, rows: PyTree) -> PyTree:
-    """``M J`` for a matrix (R, S) and rows with leaves (S, ...)."""
+    """``M J`` for a matrix (R, S) and rows with leaves (S, ...); a row of zeros cuts infinities too."""
+
+    cut = ~jnp.any(matrix != 0, axis=1)
 
     def product(leaf: jax.Array) -> jax.Array:
-        return (matrix @ leaf.reshape(leaf.shape[0], -1)).reshape(-1, *leaf.shape[1:])
+        result = (matrix @ leaf.reshape(leaf.shape[0], -1)).reshape(len(matrix), *leaf.shape[1:])
+        return jnp.where(jnp.expand_dims(cut, tuple(range(1, leaf.ndim))), 0, result)
 
     return jax.tree.map(product, rows)
 
