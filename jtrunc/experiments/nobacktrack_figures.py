@@ -276,6 +276,6 @@ FIGURES = {
     2: Figure("Euclidean, 0.03/√t", 1_000_000, music_file, _euclidean(0.03), TRACKS),
     3: Figure("Kalman", 300_000, music_file, (*_kalman(*RANKS), _KALMAN_RTRL), FIXED),
     4: Figure("Kalman and BPTT", 300_000, music_file, (*_kalman(*RANKS), _RTRL, _BPTT), COMPARABLE),
-    5: Figure("Leaky network", 4_000_000, counting_file, (*_kalman(1), _KALMAN_RTRL, _BPTT), LONG_TERM),
+    5: Figure("Leaky network", 1_000_000, counting_file, (*_kalman(1, 10), _KALMAN_RTRL, _BPTT), LONG_TERM),
     6: Figure("Kalman and BPTT", 1_000_000, english_file, (*_kalman(*RANKS), _RTRL, _BPTT), ALL_ALIKE),
 }
