@@ -108,5 +108,5 @@ def _masks(system: System, order: int, theta: PyTree, hidden: PyTree, inputs: Py
     stops = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
     parts = np.split(mask, stops, axis=1)
     return jax.tree.unflatten(
-        treedef, [part.reshape(-1, *np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)]
+        treedef, [part.reshape(len(mask), *np.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)]
     )
