@@ -26,13 +26,13 @@ from jtrunc.forward.structured import (
     Units,
     UnitStep,
     Weights,
+    in_coordinates,
     join_features,
     map_cotangents,
     preactivations_of,
     theta_cotangent,
     unit_step,
 )
-from jtrunc.linearize import linear_map
 from jtrunc.trees import num_time_steps, partition_inexact, wide_dtype
 
 
@@ -109,12 +109,7 @@ def terms_of(units: Units, steps: UnitStep, rows: jax.Array) -> Terms:
 
 def coordinates_of(units: Units, theta: PyTree, tree: PyTree) -> Weights:
     """A cotangent tree like θ in the coordinates of the structure."""
-
-    def read(theta: PyTree) -> Any:
-        return units.structure.affine(theta), units.structure.elementwise(theta)
-
-    tangents = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, theta)
-    affine, elementwise = linear_map(read, theta)[1](tangents)
+    affine, elementwise = in_coordinates(units, theta, tree)
     space = Coordinates.of(elementwise)
     leaves = jax.tree.leaves(elementwise)
     vector = space.cotangent_vector(leaves) if leaves else jnp.zeros(0, space.dtype)

@@ -31,6 +31,7 @@ from jtrunc.forward.structured import (
     UnitStep,
     Weights,
     num_features,
+    read_theta,
     required_units,
     state_jacobian,
     theta_cotangent,
@@ -144,9 +145,7 @@ def _estimator(owner: str, system: System, noise: Noise, *, terms: int, reduce: 
 
 def _zeros(units: Units, theta: PyTree, hidden: PyTree, terms: int) -> KroneckerInfluence:
     dtype, size = Coordinates.of(hidden).dtype, units.parts * units.width
-    affine, elementwise = jax.eval_shape(
-        lambda theta: (units.structure.affine(theta), units.structure.elementwise(theta)), theta
-    )
+    affine, elementwise = jax.eval_shape(partial(read_theta, units.structure), theta)
     maps = {}
     for name, weights in affine.items():
         outputs = units.slots[name] * units.width

@@ -9,6 +9,7 @@ e-prop; and where there is no other path, as in elementwise recurrences, both ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jtrunc.forward.structured import (
     Weights,
     num_features,
     preactivation_jacobian,
+    read_theta,
     required_units,
     theta_cotangent,
     unit_step,
@@ -135,9 +137,7 @@ def _signal(
 
 
 def _zeros(units: Units, theta: PyTree, dtype: Any) -> UnitInfluence:
-    affine, elementwise = jax.eval_shape(
-        lambda theta: (units.structure.affine(theta), units.structure.elementwise(theta)), theta
-    )
+    affine, elementwise = jax.eval_shape(partial(read_theta, units.structure), theta)
     maps = {
         name: jnp.zeros((units.parts, num_features(weights), units.slots[name] * units.width), dtype)
         for name, weights in affine.items()

@@ -7,7 +7,7 @@ units erase nothing of it. Rows of ∂F/∂θ that share no parameter get one co
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jtrunc.base import PyTree, Transition
 from jtrunc.coordinates import Coordinates, as_aval
 from jtrunc.devices import anchor, vary
-from jtrunc.forward.structured import Units
+from jtrunc.forward.structured import Units, read_theta
 from jtrunc.trees import is_key, partition_inexact
 
 
@@ -170,9 +170,7 @@ def unit_pattern(
         elementwise, preactivations = theta
         return structure.combine(elementwise, hidden, inputs, preactivations)
 
-    affine, elementwise = jax.eval_shape(
-        lambda theta: (structure.affine(theta), structure.elementwise(theta)), theta
-    )
+    affine, elementwise = jax.eval_shape(partial(read_theta, structure), theta)
     preactivations = {
         name: jax.ShapeDtypeStruct((slots * width,), jax.tree.leaves(affine[name])[0].dtype)
         for name, slots in units.slots.items()

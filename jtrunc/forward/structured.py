@@ -10,6 +10,7 @@ from a few vectors, because `combine` acts unit by unit:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,11 @@ class Units(NamedTuple):
     slots: dict[str, int]
 
 
+def read_theta(structure: Structure, theta: PyTree) -> tuple[dict[str, Affine], PyTree]:
+    """θ as a structure reads it: the weights of its maps, and the elementwise parameters."""
+    return structure.affine(theta), structure.elementwise(theta)
+
+
 def units_of(structure: Any, theta: PyTree, hidden: PyTree) -> Units | None:
     """The units of a structure on one row of state, or None where the forward shortcuts do not apply.
 
@@ -53,9 +59,7 @@ def units_of(structure: Any, theta: PyTree, hidden: PyTree) -> Units | None:
     if any(jnp.ndim(leaf) != 1 or not is_inexact(leaf) for leaf in leaves):
         return None
     width = leaves[0].shape[0]
-    affine, elementwise = jax.eval_shape(
-        lambda theta: (structure.affine(theta), structure.elementwise(theta)), theta
-    )
+    affine, elementwise = jax.eval_shape(partial(read_theta, structure), theta)
     kernels = jax.tree.leaves(affine)
     fits = (
         width > 0
@@ -116,7 +120,7 @@ def unit_step(
     if preactivations is None:
         preactivations = preactivations_of(units, theta, hidden, inputs)
     structure, space = units.structure, Coordinates.of(hidden)
-    weights, elementwise = structure.affine(theta), structure.elementwise(theta)
+    weights, elementwise = read_theta(structure, theta)
     of_hidden, of_inputs = structure.hidden_features(hidden, inputs), structure.input_features(inputs)
     features = {
         name: _augmented(map_weights, of_hidden.get(name), of_inputs.get(name), space.dtype)
@@ -245,10 +249,14 @@ def theta_cotangent(units: Units, theta: PyTree, weights: Weights) -> PyTree:
 
 
 def _coordinates_of_theta(units: Units, theta: PyTree) -> tuple[Any, Any]:
-    def read(theta: PyTree) -> tuple[dict[str, Affine], PyTree]:
-        return units.structure.affine(theta), units.structure.elementwise(theta)
-
+    read = partial(read_theta, units.structure)
     return jax.eval_shape(read, theta), transposed(read, theta)
+
+
+def in_coordinates(units: Units, theta: PyTree, tree: PyTree) -> tuple[dict[str, Affine], PyTree]:
+    """A tree like θ in the coordinates of the structure."""
+    tangents = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, theta)
+    return linear_map(partial(read_theta, units.structure), theta)[1](tangents)
 
 
 def split_features(weights: Affine, array: jax.Array) -> Affine:
@@ -276,13 +284,8 @@ def num_features(weights: Affine) -> int:
 
 def unit_sums(units: Units, theta: PyTree, tree: PyTree) -> jax.Array:
     """Sums of a real tree like θ over the parameters of each unit, (n,)."""
-
-    def read(theta: PyTree) -> tuple[dict[str, Affine], PyTree]:
-        return units.structure.affine(theta), units.structure.elementwise(theta)
-
-    tangents = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, theta)
-    affine, elementwise = linear_map(read, theta)[1](tangents)
-    dtype = jnp.result_type(jnp.float32, *[leaf.real for leaf in jax.tree.leaves(tangents)])
+    affine, elementwise = in_coordinates(units, theta, tree)
+    dtype = jnp.result_type(jnp.float32, *[leaf.real for leaf in jax.tree.leaves((affine, elementwise))])
     total = jnp.zeros(units.width, dtype)
     for leaf in jax.tree.leaves(elementwise):
         total = total + leaf.real
