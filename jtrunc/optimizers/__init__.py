@@ -10,3 +10,5 @@ from jtrunc.optimizers.qdop import scale_by_qdop as scale_by_qdop
 from jtrunc.optimizers.quasi_diagonal import QuasiDiagonal as QuasiDiagonal
 from jtrunc.optimizers.timestep_schedule import inverse_square_root as inverse_square_root
 from jtrunc.optimizers.timestep_schedule import scale_by_timestep_schedule as scale_by_timestep_schedule
+from jtrunc.optimizers.truncation_length import clip_by_truncation_length as clip_by_truncation_length
+from jtrunc.optimizers.truncation_length import scale_by_truncation_length as scale_by_truncation_length
