@@ -104,11 +104,11 @@ def test_a_line_of_100_000_updates_loses_no_digits() -> None:
     losses = np.random.default_rng(0).gamma(1.0, size=100_000).astype(np.float32)
 
     def step(sums: Any, loss: jax.Array) -> Any:
-        metrics = StepMetrics(loss, jnp.int32(1), loss, jnp.int32(0), {"hits": jnp.int32(2**24 - 1)})
+        metrics = StepMetrics(loss, one, one, loss, jnp.int32(0), {"hits": jnp.int32(2**24 - 1)})
         return add_update(sums, metrics), None
 
-    zero = jnp.float32(0)
-    first = no_sums(StepMetrics(zero, jnp.int32(1), zero, jnp.int32(0), {"hits": jnp.int32(0)}))
+    zero, one = jnp.float32(0), jnp.int32(1)
+    first = no_sums(StepMetrics(zero, one, one, zero, jnp.int32(0), {"hits": jnp.int32(0)}))
     sums = jax.jit(lambda first, losses: jax.lax.scan(step, first, losses)[0])(first, losses)
     exact = losses.astype(np.float64).sum()
     assert abs(float(sums.loss.total) + float(sums.loss.rest) - exact) < 1e-11 * exact

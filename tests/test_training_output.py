@@ -19,11 +19,14 @@ LINES = [{"update": u, "loss": 1.0 / u} for u in (1, 2, 3)]
 
 def test_lines_come_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    values = np.asarray([0.1, 1 / 3, 1e-30, np.nan], np.float32)
+    values = np.asarray([0.1, 1 / 3, 1e-30, np.nan, np.inf, -np.inf], np.float32)
     MetricsFile(path).append([{"update": np.int64(1), "loss": values}])
     MetricsFile(path).append([])
     np.testing.assert_array_equal(np.asarray(read_metrics(path)[0]["loss"], np.float32), values)
+    assert "null" in path.read_text() and "NaN" not in path.read_text()  # valid JSON
     assert read_metrics(tmp_path / "absent.jsonl") == []
+    with pytest.raises(TypeError, match="metrics hold numbers"):
+        MetricsFile(path).append([{"update": object(), "loss": values}])
 
 
 def test_torn_tail_and_later_lines_are_dropped(tmp_path: Path) -> None:

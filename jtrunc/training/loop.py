@@ -67,18 +67,19 @@ def train(
       hidden: the initial hidden state.
       estimator: a gradient estimator of `system`.
       optimizer: any optax optimiser; it gets `timestep` as an extra argument (see
-        `jtrunc.optimizers.scale_by_timestep_schedule`).
+        `jtrunc.optimizers.scale_by_timestep_schedule`), and the `truncation_length` of estimators that
+        report it (see `jtrunc.optimizers.scale_by_truncation_length`).
       data: leaves (T, ...), time in front; copied to the device once.
       window: steps per update: the window of `windowed_bptt` (backward_steps + 1), the look-ahead of
-        `online_artbp`, the steps of one update for all others.
+        `online_artbp` and `adaptive_bptt`, the steps of one update for all others.
       num_updates: updates of the whole run; a resumed run goes on up to it.
       key: a typed key, ``jax.random.key(0)`` by default.
       seeds: a count or a sequence of integers: many runs in one program, results with a leading axis of
         seeds. Seed i equals, to float tolerance, the solo run with ``key=seed_key(key, i)``.
       log_every: updates per line of metrics, which are summed on the device (to about twice the digits of
-        float32). Loss: mean per step (nats) over the line's updates; gradient norm and diagnostics: mean over
-        its updates. Chunks are whole lines: after Ctrl-C the line is finished first. Whatever it is, every
-        update is checked for NaN and infinities.
+        float32). Loss: mean per scored step (nats) over the line's updates; gradient norm and diagnostics:
+        mean over its updates (infinite if one is). Chunks are whole lines: after Ctrl-C the line is finished
+        first. Whatever it is, every update is checked for NaN and infinities.
       lead_in: begin with shorter windows where the estimator scores only the end of each (`windowed_bptt`),
         so that no loss goes unscored; one compilation for each of them.
       eval_data: splits by name; each is evaluated from `eval_hidden` every `eval_every` updates, and at

@@ -1,9 +1,14 @@
-"""Metrics as JSON lines: one object a line, appended, safe against a kill at any moment."""
+"""Metrics as JSON lines: one object a line, appended, safe against a kill at any moment.
+
+Every line is valid JSON, which has no word for what is not finite: infinities are the numbers ``1e999`` and
+``-1e999``, which overflow to infinity wherever numbers are read as float64, and NaN is ``null``.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,12 +31,12 @@ class MetricsFile:
         self.path = Path(path)
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines behind those that are there; NaN and infinities as Python's json does.
+        """Write lines behind those that are there.
 
         Raises:
           OSError: naming the file and what to do, if they cannot be written (a full disk, a lost mount).
         """
-        text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
+        text = "".join(to_json(line) + "\n" for line in lines)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
@@ -51,7 +56,7 @@ class MetricsFile:
         The shorter file replaces the old one atomically, and only if something was dropped.
         """
         kept = [line for line in read_metrics(self.path) if line["update"] <= update]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(to_json(line) + "\n" for line in kept)
         if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
             temporary = self.path.with_name(self.path.name + ".tmp")
             with temporary.open("w", encoding="utf-8") as file:
@@ -65,7 +70,7 @@ class MetricsFile:
 def read_metrics(path: str | Path) -> list[Line]:
     """The lines of a metrics file, oldest first; [] if there is no file.
 
-    A last line that was cut off by a kill is left out.
+    A last line that was cut off by a kill is left out; ``null`` is read as NaN.
 
     Raises:
       ValueError: naming file and line number, if any other line is not JSON.
@@ -77,7 +82,7 @@ def read_metrics(path: str | Path) -> list[Line]:
     lines = []
     for number, row in enumerate(rows[:-1], start=1):
         try:
-            lines.append(json.loads(row))
+            lines.append(_with_nan(json.loads(row)))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}, line {number} is not JSON ({error}); mend or remove that line"
@@ -111,6 +116,42 @@ def split_columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, np.
 
 def _without_split(line: Mapping[str, Any]) -> Line:
     return {name: value for name, value in line.items() if name != "split"}
+
+
+def to_json(value: Any) -> str:
+    """Valid JSON of numbers, text, NumPy arrays, and lists and mappings of them, on one line.
+
+    Example:
+
+      >>> to_json({"bias": [0.5, math.inf, -math.inf, math.nan], "split": "test"})
+      '{"bias": [0.5, 1e999, -1e999, null], "split": "test"}'
+    """
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False)
+    except ValueError:  # something in it is not finite
+        return _to_json_by_parts(value)
+
+
+def _to_json_by_parts(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(name)}: {to_json(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(to_json, value)) + "]"
+    if isinstance(value, float):
+        return "null" if math.isnan(value) else "1e999" if value > 0 else "-1e999"
+    plain = _plain(value)
+    if not isinstance(plain, (float, list)):
+        raise TypeError(f"metrics hold numbers, text, arrays, lists and mappings, not {value!r}")
+    return to_json(plain)
+
+
+def _with_nan(value: Any) -> Any:
+    """What JSON holds, with NaN for null."""
+    if isinstance(value, dict):
+        return {name: _with_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(part) for part in value]
+    return math.nan if value is None else value
 
 
 def _plain(value: Any) -> Any:

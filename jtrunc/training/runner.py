@@ -33,8 +33,9 @@ class TrainResult:
       params: the last parameters; with seeds, every leaf has a leading axis of seeds.
       state: the last `TrainState`; with seeds likewise, but for `cursor`, `update` and `timestep` where all
         seeds share them (estimators whose lengths are known at trace time).
-      history: one array per name, (lines,) or (lines, seeds): ``update``, ``timestep``, ``num_steps``,
-        ``loss`` (nats per step), ``grad_norm`` and the estimator's diagnostics.
+      history: one array per name, (lines,) or (lines, seeds): ``update``, ``timestep``, ``num_steps``
+        (consumed), ``num_scored``, ``loss`` (nats per scored step), ``grad_norm`` and the estimator's
+        diagnostics.
       evaluations: by name of the split: ``update``, ``nats`` and ``bits`` per step.
       seeds: the seeds in the order of the axis, or None for a solo run.
     """
@@ -239,12 +240,13 @@ class Runner:
             sums = total(values)
             return sums / np.add.reduceat(counts, starts).reshape(-1, *(1,) * (sums.ndim - 1))
 
-        num_steps = total(rows.num_steps, np.int64)
+        num_steps, num_scored = (total(count, np.int64) for count in (rows.num_steps, rows.num_scored))
         return {
             "update": ends[np.append(starts[1:], len(ends)) - 1],
             "timestep": self.timesteps + np.cumsum(num_steps, axis=0),
             "num_steps": num_steps,
-            "loss": total(rows.loss) / num_steps,
+            "num_scored": num_scored,
+            "loss": total(rows.loss) / num_scored,
             "grad_norm": mean(rows.grad_norm),
             **{name: mean(values) for name, values in rows.diagnostics.items()},
         }

@@ -48,13 +48,16 @@ class StepMetrics(NamedTuple):
     Attributes:
       loss: sum over the scored steps (nats).
       num_steps: int32, steps consumed.
+      num_scored: int32, steps whose losses `loss` sums up: the estimator's diagnostic of that name, else
+        `num_steps`.
       grad_norm: Euclidean norm of the gradient estimate over all parameters.
       non_finite: int32 bits, 0 if all is well; bit i is set where `NON_FINITE[i]` is not finite.
-      diagnostics: the estimator's named scalars.
+      diagnostics: the estimator's other named scalars; they may be infinite.
     """
 
     loss: jax.Array
     num_steps: jax.Array
+    num_scored: jax.Array
     grad_norm: jax.Array
     non_finite: jax.Array
     diagnostics: dict[str, jax.Array]
@@ -94,9 +97,10 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One update: ``estimate = estimator.update(...)``, then the optimiser on ``estimate.grads``.
 
-    The optimiser gets ``timestep``, the last timestep of this window, as an extra argument (errata 5);
-    optimisers that do not know it ignore it. An estimator that scales by the optimiser's Kalman metric gets
-    the new one (`jtrunc.optimizers.feed_metric`). Pure: jit it with ``static_argnums=(0, 1)``.
+    The optimiser gets ``timestep``, the last timestep of this window, as an extra argument (errata 5), and
+    ``truncation_length`` where the estimator's diagnostics have it; optimisers that do not know them ignore
+    them. An estimator that scales by the optimiser's Kalman metric gets the new one
+    (`jtrunc.optimizers.feed_metric`). Pure: jit it with ``static_argnums=(0, 1)``.
 
     Args:
       estimator: the gradient estimator.
@@ -111,8 +115,12 @@ def train_step(
     estimate, estimator_state = estimator.update(state.params, state.estimator_state, inputs)
     num_steps = estimate.num_steps
     timestep = state.timestep + jnp.minimum(num_steps, MAX_TIMESTEP - state.timestep)
+    diagnostics = {name: jnp.asarray(value) for name, value in estimate.aux.diagnostics.items()}
+    extra = {name: diagnostics[name] for name in ("truncation_length",) if name in diagnostics}
     with_extra = optax.with_extra_args_support(optimizer)
-    updates, opt_state = with_extra.update(estimate.grads, state.opt_state, state.params, timestep=timestep)
+    updates, opt_state = with_extra.update(
+        estimate.grads, state.opt_state, state.params, timestep=timestep, **extra
+    )
     params: Any = optax.apply_updates(state.params, updates)
     estimator_state = feed_metric(estimator_state, opt_state)
     new_state = TrainState(
@@ -121,9 +129,10 @@ def train_step(
     metrics = StepMetrics(
         jnp.asarray(estimate.loss),
         jnp.asarray(num_steps, jnp.int32),
+        jnp.asarray(diagnostics.pop("num_scored", num_steps), jnp.int32),
         global_norm(estimate.grads),
         _non_finite(estimate.loss, estimate.grads, params, estimator_state.hidden),
-        {name: jnp.asarray(value) for name, value in estimate.aux.diagnostics.items()},
+        diagnostics,
     )
     return new_state, metrics
 

@@ -31,6 +31,7 @@ class MetricSums(NamedTuple):
       num_updates: int32, how many updates.
       loss: `Sum` over the scored steps (nats).
       num_steps: int32, steps consumed.
+      num_scored: int32, steps scored.
       grad_norm: `Sum` of the gradients' norms.
       non_finite: int32, the bits of all updates together.
       good: int32, updates before the first that is not finite; `num_updates` if all is well.
@@ -40,6 +41,7 @@ class MetricSums(NamedTuple):
     num_updates: jax.Array
     loss: Sum
     num_steps: jax.Array
+    num_scored: jax.Array
     grad_norm: Sum
     non_finite: jax.Array
     good: jax.Array
@@ -55,7 +57,9 @@ def no_sums(metrics: StepMetrics) -> MetricSums:
 
     none = jnp.int32(0)
     diagnostics = {name: empty(leaf) for name, leaf in metrics.diagnostics.items()}
-    return MetricSums(none, empty(metrics.loss), none, empty(metrics.grad_norm), none, none, diagnostics)
+    return MetricSums(
+        none, empty(metrics.loss), none, none, empty(metrics.grad_norm), none, none, diagnostics
+    )
 
 
 def add_update(sums: MetricSums, metrics: StepMetrics) -> MetricSums:
@@ -63,7 +67,8 @@ def add_update(sums: MetricSums, metrics: StepMetrics) -> MetricSums:
 
     Example: ten million and one, three times; float32 alone ends at 30000004.
 
-      >>> metrics = StepMetrics(jnp.float32(1e7 + 1), jnp.int32(1), jnp.float32(1), jnp.int32(0), {})
+      >>> one, norm = jnp.int32(1), jnp.float32(1)
+      >>> metrics = StepMetrics(jnp.float32(1e7 + 1), one, one, norm, jnp.int32(0), {})
       >>> sums = no_sums(metrics)
       >>> for _ in range(3):
       ...     sums = add_update(sums, metrics)
@@ -75,6 +80,7 @@ def add_update(sums: MetricSums, metrics: StepMetrics) -> MetricSums:
         num_updates=sums.num_updates + 1,
         loss=_add(sums.loss, metrics.loss),
         num_steps=sums.num_steps + metrics.num_steps,
+        num_scored=sums.num_scored + metrics.num_scored,
         grad_norm=_add(sums.grad_norm, metrics.grad_norm),
         non_finite=non_finite,
         good=sums.good + (non_finite == 0),
