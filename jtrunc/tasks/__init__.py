@@ -9,5 +9,6 @@ from jtrunc.tasks import events as events
 from jtrunc.tasks import influence_balancing as influence_balancing
 from jtrunc.tasks import music as music
 from jtrunc.tasks import point_process as point_process
+from jtrunc.tasks import self_exciting as self_exciting
 from jtrunc.tasks import synthetic_language as synthetic_language
 from jtrunc.tasks import text as text

@@ -215,7 +215,7 @@ def negative_log_likelihood(prediction: Prediction, target: Target) -> tuple[jax
 def score(prediction: Prediction, target: Target) -> tuple[jax.Array, Scores]:
     """`negative_log_likelihood` with all `Scores`: for evaluation, since E[d] costs a quadrature an event."""
     loss, parts = negative_log_likelihood(prediction, target)
-    mark_error = jnp.mean(jnp.argmax(prediction.logits, axis=-1) != target.mark, dtype=loss.dtype)
+    mark_error = jnp.mean((jnp.argmax(prediction.logits, axis=-1) != target.mark).astype(loss.dtype))
     residual = expected_gap(prediction.intensity) - target.gap
     return loss, Scores(parts.mark, parts.time, mark_error, jnp.mean(jnp.square(residual)))
 
