@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from jtrunc.experiments import parts
+from jtrunc.experiments.adaptive import Adaptive
 from jtrunc.experiments.demo import Demo as Demo
 from jtrunc.experiments.influence_balancing import InfluenceBalancing
 from jtrunc.experiments.names import describe
@@ -59,6 +60,7 @@ class Reproduce:
         Annotated[InfluenceBalancing, tyro.conf.subcommand("influence-balancing", prefix_name=False)]
         | Annotated[PtbCharacters, tyro.conf.subcommand("ptb-characters", prefix_name=False)]
         | Annotated[NoBackTrack, tyro.conf.subcommand("nobacktrack", prefix_name=False)]
+        | Annotated[Adaptive, tyro.conf.subcommand("adaptive", prefix_name=False)]
     )
 
     def run(self) -> list[Path]:
