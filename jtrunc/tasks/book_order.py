@@ -67,9 +67,11 @@ class BookOrder(NamedTuple):
 def load(folder: str | Path, *, unit: str = "minutes", verify: bool = True) -> BookOrder:
     """Reads the four files; `events.lanes` makes streams of each part.
 
-    A line's clock is not a stream's: predict within lines, with ``lanes(...).inputs_with_resets``, or carry
-    the state on across them (``inputs``), which the paper's batches do; no gap reaches across lines either
-    way, and the first event of a line, whose gap is its time since the line's clock was 0, is no target.
+    Streams either begin anew with each line (``lanes(...).inputs_with_resets``) or carry the state on from
+    line to line (``inputs``). No gap reaches across lines either way, and the first event of a line, whose
+    gap is its time on the line's clock, is no target. A network that was trained with the state carried on
+    has hardly seen the initial state: the first five steps of 50 lines then made up 93 % of its squared
+    error of time.
 
     Args:
       folder: holds time-1-train.txt and its three sisters.
