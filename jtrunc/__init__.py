@@ -5,6 +5,7 @@ from types import ModuleType
 
 from jtrunc import cells as cells
 from jtrunc.backward import truncation as truncation
+from jtrunc.backward.adaptive import adaptive_bptt as adaptive_bptt
 from jtrunc.backward.artbp import artbp as artbp
 from jtrunc.backward.bptt import bptt as bptt
 from jtrunc.backward.online_artbp import online_artbp as online_artbp

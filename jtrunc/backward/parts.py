@@ -65,10 +65,11 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
             index, bars, cotangent, loss, aux = carry
             before, inputs_t = read_row((chunk.before, chunk.inputs), index)
             leaves, restore = partition_inexact(before)
+            scored = None if chunk.first_scored is None else index >= chunk.first_scored
 
             def run(params: Params, leaves: list[jax.Array]) -> Any:
                 hidden = system.transition(params.recurrent, restore(leaves), inputs_t)
-                value, aux_t = system.loss(params, hidden, inputs_t)
+                value, aux_t = _loss_if(scored, system, params, hidden, inputs_t)
                 return (value, partition_inexact(hidden)[0]), aux_t
 
             (value, _), pull, aux_t = jax.vjp(run, params, leaves, has_aux=True)
@@ -95,9 +96,23 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
     )
 
 
+def _loss_if(
+    scored: jax.Array | None, system: System, params: Params, hidden: PyTree, inputs: PyTree
+) -> tuple[jax.Array, PyTree]:
+    """The loss of one step, or zeros where it does not count: a large readout is then not even computed."""
+    if scored is None:
+        return system.loss(params, hidden, inputs)
+    shapes = jax.eval_shape(system.loss, params, hidden, inputs)
+    zeros = vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), anchor(hidden, inputs))
+    return jax.lax.cond(scored, lambda: system.loss(params, hidden, inputs), lambda: zeros)
+
+
 def _scored_chunk(system: System, params: Params, chunk: Chunk, loss_dtype: Any) -> Any:
-    """``((loss, aux), (gradient, cotangents of `after`))`` of the active steps, all at once."""
-    active = jnp.arange(chunk.edges.shape[0]) < chunk.num_active
+    """``((loss, aux), (gradient, cotangents of `after`))`` of the scored steps, all at once."""
+    index = jnp.arange(chunk.edges.shape[0])
+    active = index < chunk.num_active
+    if chunk.first_scored is not None:
+        active = active & (index >= chunk.first_scored)
     # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
     last = read_row(chunk.after, chunk.num_active - 1)
     after = jax.vmap(lambda on, row: select(on, row, last))(active, chunk.after)
@@ -107,7 +122,12 @@ def _scored_chunk(system: System, params: Params, chunk: Chunk, loss_dtype: Any)
         aux = jax.vmap(lambda on, row: select(on, row, jax.tree.map(jnp.zeros_like, row)))(active, aux)
         return jnp.sum(jnp.where(active, values, 0), dtype=loss_dtype), aux
 
-    return jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(params, after)
+    scored = jax.value_and_grad(score, argnums=(0, 1), has_aux=True)
+    if chunk.first_scored is None:
+        return scored(params, after)
+    shapes = jax.eval_shape(scored, params, after)
+    zeros = vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), anchor(params, chunk))
+    return jax.lax.cond(chunk.first_scored < chunk.num_active, lambda: scored(params, after), lambda: zeros)
 
 
 def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:

@@ -35,6 +35,7 @@ class Chunk(NamedTuple):
       inputs: of each step.
       edges: (chunk,), the weight of the edge that enters each step.
       num_active: int32, 1 … chunk.
+      first_scored: int32, the losses of the rows before it do not count; None where all do.
     """
 
     before: PyTree
@@ -43,6 +44,7 @@ class Chunk(NamedTuple):
     inputs: PyTree
     edges: jax.Array
     num_active: jax.Array
+    first_scored: jax.Array | None
 
 
 class Parts(NamedTuple):
@@ -77,11 +79,15 @@ class Boundaries(NamedTuple):
       state: whatever `decide` carries.
       stop: int32, the window ends before this step unless `decide` lowers it.
       edges: (N,) weights of the edge that enters each step.
+      first_scored: int32, the losses of the steps before it do not count (v = 0); None: all count.
+      mark: int32 in 1 … stop, after how many steps the hidden state is reported; None: at the window's end.
     """
 
     state: PyTree
     stop: jax.Array
     edges: jax.Array
+    first_scored: jax.Array | None = None
+    mark: jax.Array | None = None
 
 
 Decide = Callable[[jax.Array, PyTree, Boundaries], Boundaries]
@@ -96,7 +102,7 @@ class Block(NamedTuple):
 
 
 class DynamicWindow(NamedTuple):
-    """The differentiated window: h at its end, Σ losses, gradients, aux (N rows), and its boundaries."""
+    """The differentiated window: h at its mark, Σ losses, gradients, aux (N rows), and its boundaries."""
 
     hidden: PyTree
     loss: jax.Array
@@ -115,28 +121,32 @@ def dynamic_window(
     num_blocks = -(-look_ahead // size)
 
     def visit(visited: _Visit) -> _Visit:
-        index, back, starts, block, boundaries, sums = visited
+        index, back, starts, marked, block, boundaries, sums = visited
         start = index * size
         block, num_steps, hidden, boundaries = _forward_block(
             parts, read_row(starts, index), inputs, start, size, block, boundaries, _unless(back, decide)
         )
         starts = write_row(starts, index + 1, hidden)
+        marked = _marked(boundaries.mark, block, start, num_steps, marked)
         back = back | (start + num_steps >= boundaries.stop)
         sums = _backward_block(parts, block, inputs, start, jnp.where(back, num_steps, 0), boundaries, sums)
-        return _Visit(jnp.where(back, index - 1, index + 1), back, starts, block, boundaries, sums)
+        return _Visit(jnp.where(back, index - 1, index + 1), back, starts, marked, block, boundaries, sums)
 
     starts = jax.tree.map(lambda leaf: jnp.zeros((num_blocks + 1, *leaf.shape), leaf.dtype), hidden)
     first = _Visit(
         index=jnp.int32(0),
         back=jnp.asarray(False),
         starts=write_row(starts, 0, hidden),
+        marked=None if boundaries.mark is None else hidden,
         block=_empty_block(parts, hidden, inputs, size),
         boundaries=boundaries,
         sums=_zero_sums(parts, hidden, num_time_steps(inputs)),
     )
     first = vary(first, anchor(hidden, inputs, boundaries))
     last = jax.lax.while_loop(lambda visited: visited.index >= 0, visit, first)
-    hidden = read_row(last.starts, (last.boundaries.stop + size - 1) // size)
+    hidden = last.marked
+    if boundaries.mark is None:
+        hidden = read_row(last.starts, (last.boundaries.stop + size - 1) // size)
     aux = jax.tree.map(lambda leaf: leaf[:look_ahead], last.sums.aux)
     return DynamicWindow(hidden, last.sums.loss, parts.finish(last.sums.bars), aux, last.boundaries)
 
@@ -154,9 +164,20 @@ class _Visit(NamedTuple):
     index: jax.Array
     back: jax.Array
     starts: PyTree
+    marked: PyTree
     block: Block
     boundaries: Boundaries
     sums: _Sums
+
+
+def _marked(
+    mark: jax.Array | None, block: Block, start: jax.Array, num_steps: jax.Array, marked: PyTree
+) -> PyTree:
+    """The state after `mark` steps, if it lies in the block that was just run."""
+    if mark is None:
+        return None
+    index = jnp.clip(mark - start, 0, num_steps)
+    return select(index == mark - start, read_row(block.hiddens, index), marked)
 
 
 def _unless(back: jax.Array, decide: Decide | None) -> Decide | None:
@@ -217,6 +238,8 @@ def _backward_block(
 ) -> _Sums:
     """Adds the share of the block's first `num_steps` steps, chunk by chunk from the last to the first."""
 
+    unscored = boundaries.first_scored
+
     def chunk(carry: Any) -> Any:
         index, (cotangent, bars, loss, aux) = carry
         first = index * parts.chunk
@@ -227,6 +250,7 @@ def _backward_block(
             inputs=read_rows(inputs, start + first, parts.chunk),
             edges=read_rows(boundaries.edges, start + first, parts.chunk),
             num_active=jnp.minimum(num_steps - first, parts.chunk),
+            first_scored=None if unscored is None else unscored - start - first,
         )
         bars, cotangent, chunk_loss, chunk_aux = parts.backward_chunk(bars, cotangent, steps)
         aux = jax.tree.map(

@@ -1,0 +1,234 @@
+"""Adaptive truncation: the length of BPTT(2K, K) follows from a tolerated bias, while training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.backward.parts import window_parts
+from jtrunc.backward.window import Boundaries, dynamic_window
+from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
+from jtrunc.checks import check_key, check_params, check_size, check_step, check_system
+from jtrunc.devices import anchor, vary
+from jtrunc.diagnostics.gradient_norms import log_gradient_norms
+from jtrunc.diagnostics.truncation_bias import LengthEstimate, estimate_length
+from jtrunc.trees import num_time_steps, split_at, strongly_typed
+
+
+class AdaptiveBpttState(NamedTuple):
+    """The state between updates.
+
+    Attributes:
+      hidden: h where the next window begins.
+      look_back: int32, how many steps behind `hidden` were scored already: K + 1 once a window was full.
+      chosen: the present K, and what the last estimate said of it (`LengthEstimate`).
+      countdown: int32, updates or steps until the next estimate.
+    """
+
+    hidden: PyTree
+    look_back: jax.Array
+    chosen: LengthEstimate
+    countdown: jax.Array
+
+
+class _Schedule(NamedTuple):
+    """How often K is estimated, from how much, and how."""
+
+    every: int
+    unit: Literal["updates", "steps"]
+    num_lags: int
+    num_times: int
+    measure: dict[str, Any]
+    fit: dict[str, Any]
+
+
+def adaptive_bptt(
+    system: System,
+    tolerance: Any,
+    *,
+    num_lags: int = 100,
+    min_length: int = 1,
+    max_length: int = 100,
+    initial_length: int | None = None,
+    estimate_every: int = 1000,
+    unit: Literal["updates", "steps"] = "updates",
+    fit_from: int | None = None,
+    method: Literal["least_squares", "maximum", "quantile"] = "least_squares",
+    quantile: float = 0.9,
+    over: Literal["prefix", "window"] = "prefix",
+    num_times: int = 1,
+    streams: bool = False,
+    weighted: bool = False,
+    average: bool = True,
+) -> GradientEstimator:
+    """BPTT(2K, K) with the smallest K whose estimated relative bias is below a tolerance δ.
+
+        φₖ = ‖∂ℓₛ/∂hₛ₋ₖ‖,   Ê(K) = Σ_{k>K} φₖ, by β̂ beyond the window,   Ĝ(k) = Σ_{j≤k} φⱼ
+        K = min {K : Ê(K) / max_{k≤K} (Ĝ(k) − Ê(k)) < δ}
+
+    Algorithm 1 of the adaptive truncation paper (Aicher, Foti & Fox 2019), eq. 18 to 25 with errata 8 to 12.
+    K is data: it is estimated anew every `estimate_every` updates (or steps of the stream: an epoch is
+    ``estimate_every=len(data), unit="steps"``) inside the compiled program, which is compiled once for all K.
+    Where the norms do not decay (β̂ ≥ 1), or no K satisfies δ, K is `max_length` and `unbounded` is 1.
+
+    Biased, by less than δ of the gradient as far as the estimate goes: Ĝ stands for the gradient's norm and
+    is an upper stand-in, so δ is a target and no guarantee (errata 11). `jtrunc.diagnostics` has the pieces.
+
+    Each update reads a look-ahead of N ≥ max(2 max_length + 1, num_lags + num_times) steps from
+    ``state.hidden`` on, scores the K losses that follow the last one scored, pulls them back through the
+    2K + 1 states of the window, and consumes ``num_steps`` steps, K when K rests: windows overlap. At the
+    start of a stream and where K grows a window scores up to 2K + 1 losses, so that each is scored once.
+    Gradients are divided by the number of scored losses (eq. 15), `loss` is their sum. A longer window is a
+    better estimate: `optimizers.scale_by_truncation_length` takes the step √K times as long (section 4.1).
+
+    Memory: states of N steps and residuals of 128; time O(2K) an update, and O(R) for an estimate.
+
+    Args:
+      tolerance: δ > 0, the tolerated relative bias; 0.1 to 0.9 in the paper.
+      num_lags: R, how far back norms are measured, steps; more than the memory that is to be learned.
+      min_length, max_length: the range of K, steps.
+      initial_length: K₀ until the first estimate, after `estimate_every`; None estimates at once.
+      estimate_every: how long K rests, in `unit`.
+      fit_from: τ, the lag from which on the decay is fitted; None: 0.9 R.
+      method, quantile: how β̂ is fitted, see `diagnostics.log_decay_rate`.
+      over: the maximum over k ≤ K (the paper's) or over the whole window (closer where δ is large), see
+        `diagnostics.relative_bias`.
+      num_times: losses of the window that an estimate follows back; for a single stream, take more than one.
+      streams: whether the leading axis of `hidden` is a batch of streams, each a sample of its own.
+      weighted: norms weighted by ∂F/∂θ, see `diagnostics.log_gradient_norms`.
+      average: False leaves the sum of the gradients.
+
+    Returns:
+      A `GradientEstimator`. Diagnostics: `truncation_length` (K), `relative_bias` (Δ̂, inf where unknown),
+      `decay_rate` (β̂), `unbounded`, `num_scored`, and `estimation_steps`, the steps of the stream that an
+      estimate has read in this update (0 in most).
+
+    Raises:
+      TypeError, ValueError: δ ≤ 0, sizes that are no positive integers or out of order, an unknown method, a
+        look-ahead that is too short, or bad system, params or inputs.
+
+    Example: hₜ = ½ hₜ₋₁ + xₜ forgets half at every step; a tenth of bias takes K = 3 or more.
+
+      >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(21, jnp.float32)
+      >>> estimator = adaptive_bptt(system, tolerance=0.1, num_lags=20, max_length=10)
+      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
+      >>> int(state.chosen.length), int(estimate.num_steps), int(estimate.aux.diagnostics["num_scored"])
+      (3, 3, 7)
+      >>> estimate, state = estimator.update(params, state, inputs)
+      >>> int(estimate.num_steps), int(estimate.aux.diagnostics["num_scored"])
+      (3, 3)
+    """
+    check_system("adaptive_bptt", system)
+    sizes = {"num_lags": num_lags, "min_length": min_length, "max_length": max_length,
+             "estimate_every": estimate_every, "num_times": num_times}  # fmt: skip
+    for name, value in sizes.items():
+        check_size("adaptive_bptt", name, value)
+    if initial_length is not None and not (
+        min_length <= check_size("adaptive_bptt", "initial_length", initial_length) <= max_length
+    ):
+        raise ValueError(
+            f"adaptive_bptt: `initial_length` {initial_length} lies outside `min_length` {min_length} … "
+            f"`max_length` {max_length}"
+        )
+    if unit not in ("updates", "steps"):
+        raise ValueError(f'adaptive_bptt: `unit` must be "updates" or "steps", not {unit!r}')
+    fit = {
+        "tolerance": tolerance,
+        "fit_from": int(0.9 * num_lags) if fit_from is None else fit_from,
+        "min_length": min_length,
+        "max_length": max_length,
+        "method": method,
+        "quantile": quantile,
+        "over": over,
+    }
+    measure = {"num_times": num_times, "streams": streams, "weighted": weighted}
+    schedule = _Schedule(estimate_every, unit, num_lags, num_times, measure, fit)
+    estimate_length(jnp.zeros((1, num_lags + 1)), **fit)  # a wrong option is an error here, not at `update`
+
+    def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> AdaptiveBpttState:
+        check_params(params)
+        check_key("adaptive_bptt", key, random=False)
+        unknown = LengthEstimate(
+            length=jnp.int32(initial_length or max_length),
+            bounded=jnp.asarray(False),
+            decay_rate=jnp.ones((), float),
+            relative_bias=jnp.full((), jnp.inf, float),
+        )
+        countdown = jnp.int32(0 if initial_length is None else estimate_every)
+        return AdaptiveBpttState(strongly_typed(hidden), jnp.int32(0), unknown, countdown)
+
+    def update(params: Params, state: AdaptiveBpttState, inputs: PyTree) -> tuple[Estimate, Any]:
+        look_ahead = check_step(system, params, state.hidden, inputs)
+        needed = max(2 * max_length + 1, num_lags + num_times)
+        if look_ahead < needed:
+            raise ValueError(
+                f"adaptive_bptt: `inputs` has {look_ahead} steps; an update reads a look-ahead of "
+                f"max(2 max_length + 1, num_lags + num_times) = {needed}, whatever K is"
+            )
+        anchored = anchor(params, state, inputs)
+        params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
+        state, inputs = vary((state, inputs), anchored)
+        chosen, estimation_steps = _choose(system, schedule, params, state, inputs)
+        boundaries = _window_of(chosen.length, state.look_back, look_ahead)
+        parts = window_parts(system, params, state.hidden, inputs)
+        window = dynamic_window(parts, state.hidden, inputs, vary(boundaries, anchored))
+        (grads,) = pull_vary(window.grads)
+        num_scored = boundaries.stop - state.look_back
+        if average:
+            grads = jax.tree.map(lambda grad: grad / num_scored.astype(grad.real.dtype), grads)
+        diagnostics = {
+            "truncation_length": chosen.length,
+            "relative_bias": chosen.relative_bias,
+            "decay_rate": chosen.decay_rate,
+            "unbounded": (~chosen.bounded).astype(jnp.int32),
+            "num_scored": num_scored,
+            "estimation_steps": estimation_steps,
+        }
+        num_steps: jax.Array = boundaries.mark  # pyright: ignore[reportAssignmentType]
+        passed = num_steps if unit == "steps" else 1
+        state = AdaptiveBpttState(
+            hidden=window.hidden,
+            look_back=boundaries.stop - num_steps,
+            chosen=chosen,
+            countdown=jnp.where(estimation_steps > 0, estimate_every, state.countdown) - passed,
+        )
+        return Estimate(window.loss, grads, num_steps, Aux(window.aux, diagnostics)), state
+
+    return GradientEstimator(init, update)
+
+
+def _window_of(length: jax.Array, look_back: jax.Array, look_ahead: int) -> Boundaries:
+    """BPTT(2K, K) after `look_back` steps that are scored: where it begins, scores, ends and goes on."""
+    num_states = 2 * length + 1
+    stop = jnp.maximum(look_back + length, num_states)
+    # Where K has shrunk the window begins behind `hidden`: no gradient reaches the steps before it.
+    reaches_back = jnp.arange(look_ahead) != stop - num_states
+    mark = stop - (length + 1)
+    return Boundaries((), stop, reaches_back, first_scored=look_back, mark=mark)
+
+
+def _choose(
+    system: System, schedule: _Schedule, params: Params, state: AdaptiveBpttState, inputs: PyTree
+) -> tuple[LengthEstimate, jax.Array]:
+    """K for this update, from a new estimate when one is due, and the steps that it has read."""
+    num_steps = schedule.num_lags + schedule.num_times
+    like = state.chosen
+
+    def estimate() -> tuple[LengthEstimate, jax.Array]:
+        window, _ = split_at(inputs, min(num_steps, num_time_steps(inputs)))
+        norms = log_gradient_norms(
+            system, params, state.hidden, window, schedule.num_lags, **schedule.measure
+        )
+        found = estimate_length(norms, **schedule.fit)
+        found = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), found, like)
+        return found, jnp.int32(num_steps)
+
+    anchored = anchor(params, state, inputs)
+    return jax.lax.cond(
+        state.countdown <= 0,
+        lambda: vary(estimate(), anchored),
+        lambda: vary((like, jnp.int32(0)), anchored),
+    )
