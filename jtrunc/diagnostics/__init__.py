@@ -11,3 +11,5 @@ from jtrunc.diagnostics.truncation_bias import log_absolute_bias as log_absolute
 from jtrunc.diagnostics.truncation_bias import log_decay_rate as log_decay_rate
 from jtrunc.diagnostics.truncation_bias import mean_log_norms as mean_log_norms
 from jtrunc.diagnostics.truncation_bias import relative_bias as relative_bias
+from jtrunc.diagnostics.truncation_variance import lag_products as lag_products
+from jtrunc.diagnostics.truncation_variance import truncation_variance as truncation_variance
