@@ -39,20 +39,23 @@ class Tokens(NamedTuple):
     train: Callable[[int], Any]
     valid: Callable[[int], Any]
     test: Callable[[int], Any]
-    vocabulary: text.Vocabulary | None
+    vocabulary: text.Vocabulary | tasks.words.Vocabulary | None
     summary: str
 
 
-def _of_corpus(corpus: corpora.Corpus) -> Tokens:
-    source = corpus.source
+def _of_corpus(corpus: corpora.Corpus | tasks.words.Corpus) -> Tokens:
+    source, size = corpus.source, corpus.vocabulary.size
+    counted = f"{source.num_characters:,} characters ({size} different)"
+    if isinstance(corpus, tasks.words.Corpus):
+        num_words = sum(len(part) for part in (corpus.train, corpus.valid, corpus.test))
+        counted = f"{num_words:,} words ({size} different)"
     return Tokens(
         corpus.vocabulary.size,
         lambda streams: text.lanes(corpus.train, streams),
         lambda streams: text.lanes(corpus.valid, streams),
         lambda streams: text.lanes(corpus.test, streams),
         corpus.vocabulary,
-        f"{source.name}: {source.num_files} files, {source.num_characters:,} characters"
-        f" ({corpus.vocabulary.size} different), SHA-256 {source.sha256[:12]}",
+        f"{source.name}: {source.num_files} files, {counted}, SHA-256 {source.sha256[:12]}",
     )
 
 
@@ -69,6 +72,33 @@ def penn_treebank(data: Path | None, *, verify: bool = True) -> Tokens:
     if data is None:
         raise ValueError("task 'penn-treebank' needs --data: the folder of ptb.train.txt and its two sisters")
     return _of_corpus(corpora.penn_treebank(data, verify=verify))
+
+
+def words(
+    data: Path | None, *, max_vocabulary: int = 10_000, max_characters: int = 0, pattern: str = "*"
+) -> Tokens:
+    """Words of the text in --data; without --data, of Python's own standard library."""
+    limit = max_characters or None
+    corpus = tasks.words.words(data, pattern=pattern, max_vocabulary=max_vocabulary, max_characters=limit)
+    return _of_corpus(corpus)
+
+
+def penn_treebank_words(data: Path | None, *, verify: bool = True) -> Tokens:
+    """Penn Treebank by words (10,000), from ptb.train.txt and its two sisters in the folder --data."""
+    if data is None:
+        raise ValueError(
+            "task 'penn-treebank-words' needs --data: the folder of ptb.train.txt and its two sisters"
+        )
+    return _of_corpus(tasks.words.penn_treebank_words(data, verify=verify))
+
+
+def wikitext_2(data: Path | None, *, verify: bool = True) -> Tokens:
+    """WikiText-2 by words (33,278), from wiki.train.tokens and its two sisters in the folder --data."""
+    if data is None:
+        raise ValueError(
+            "task 'wikitext-2' needs --data: the folder of wiki.train.tokens and its two sisters"
+        )
+    return _of_corpus(tasks.words.wikitext2(data, verify=verify))
 
 
 def shakespeare(
@@ -306,6 +336,9 @@ def qdop(
 TASKS = {
     "characters": characters,
     "penn-treebank": penn_treebank,
+    "words": words,
+    "penn-treebank-words": penn_treebank_words,
+    "wikitext-2": wikitext_2,
     "shakespeare": shakespeare,
     "copy": copy,
     "brackets": brackets,

@@ -12,3 +12,4 @@ from jtrunc.tasks import point_process as point_process
 from jtrunc.tasks import self_exciting as self_exciting
 from jtrunc.tasks import synthetic_language as synthetic_language
 from jtrunc.tasks import text as text
+from jtrunc.tasks import words as words

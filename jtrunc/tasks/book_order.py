@@ -27,12 +27,12 @@ backpropagation through time to control gradient bias" (2019), section C.3.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jtrunc.tasks.corpora import sha256
 from jtrunc.tasks.events import EventSequence
 from jtrunc.tasks.text import read_file
 
@@ -115,7 +115,7 @@ def _rows(path: Path, verify: bool) -> list[np.ndarray]:
             " https://github.com/dunan/NeuralPointProcess"
         )
     text = read_file(path)
-    found, published = hashlib.sha256(text.encode("utf-8")).hexdigest(), _SHA256[path.name]
+    found, published = sha256(text), _SHA256[path.name]
     if verify and found != published:
         raise ValueError(
             f"{path} is not the published file: its SHA-256 starts with {found[:8]} and not with"

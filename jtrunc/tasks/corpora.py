@@ -117,10 +117,15 @@ def python_standard_library(
       TypeError: if `max_characters` is not a whole number.
       ValueError: if this Python came without its sources, or the text is too short for its three parts.
     """
+    name, num_files, text = read_standard_library(max_characters)
+    return _corpus(name, num_files, split(text, fractions), UNKNOWN)
+
+
+def read_standard_library(max_characters: int | None = 3_000_000) -> tuple[str, int, str]:
+    """Name, number of files and text of `python_standard_library`."""
     files = _standard_library_files(Path(sysconfig.get_path("stdlib")))
     text = _first("".join(read_file(file) for file in files), max_characters)
-    name = f"Python {platform.python_version()} standard library"
-    return _corpus(name, len(files), split(text, fractions), UNKNOWN)
+    return f"Python {platform.python_version()} standard library", len(files), text
 
 
 def penn_treebank(folder: str | Path, *, verify: bool = True) -> Corpus:
@@ -139,9 +144,18 @@ def penn_treebank(folder: str | Path, *, verify: bool = True) -> Corpus:
 
     Source: Mikolov et al., "Subword language modeling with neural networks" (2012).
     """
-    folder = Path(folder)
-    parts = [_penn_treebank_part(folder / f"ptb.{part}.txt", part, verify) for part in Split._fields]
-    return _corpus("Penn Treebank characters", len(parts), Split(*parts), unknown=None)
+    parts = Split(*(_characters_of_words(part) for part in read_penn_treebank(folder, verify)))
+    return _corpus("Penn Treebank characters", len(parts), parts, unknown=None)
+
+
+def read_penn_treebank(folder: str | Path, verify: bool = True) -> Split:
+    """The text of the three word files, as it is; errors as in `penn_treebank`."""
+    return Split(*(_read_part(Path(folder) / f"ptb.{part}.txt", part, verify) for part in Split._fields))
+
+
+def _characters_of_words(words: str) -> str:
+    """Each line stripped, its blanks written as _."""
+    return "".join(line.strip().replace(" ", "_") + "\n" for line in words.removesuffix("\n").split("\n"))
 
 
 def shakespeare(
@@ -186,27 +200,27 @@ def _require_tiny_shakespeare(file: Path) -> None:
     """Raises a ValueError for a file that is called tinyshakespeare and is not."""
     if _TINY_SHAKESPEARE not in (file.stem, file.parent.name):
         return
-    if (found := _sha256(read_file(file))) != _TINY_SHAKESPEARE_SHA256:
+    if (found := sha256(read_file(file))) != _TINY_SHAKESPEARE_SHA256:
         raise ValueError(
             f"{file} is not tinyshakespeare: its SHA-256 starts with {found[:8]} and not with"
             f" {_TINY_SHAKESPEARE_SHA256[:8]}; fetch it again, or pass verify=False to use it all the same"
         )
 
 
-def _penn_treebank_part(path: Path, part: str, verify: bool) -> str:
-    """The characters of one word file."""
+def _read_part(path: Path, part: str, verify: bool) -> str:
+    """One word file."""
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; give the folder of ptb.train.txt, ptb.valid.txt and ptb.test.txt, which"
             " come in data/ of simple-examples.tgz from Mikolov's page of the RNNLM toolkit"
         )
     words = read_file(path)
-    if verify and _sha256(words) != _PENN_TREEBANK_SHA256[part]:
+    if verify and sha256(words) != _PENN_TREEBANK_SHA256[part]:
         raise ValueError(
-            f"{path} is not the published file: its SHA-256 starts with {_sha256(words)[:8]} and not with"
+            f"{path} is not the published file: its SHA-256 starts with {sha256(words)[:8]} and not with"
             f" {_PENN_TREEBANK_SHA256[part][:8]}; fetch it again, or pass verify=False to use it all the same"
         )
-    return "".join(line.strip().replace(" ", "_") + "\n" for line in words.removesuffix("\n").split("\n"))
+    return words
 
 
 def _standard_library_files(folder: Path) -> list[Path]:
@@ -232,10 +246,11 @@ def _corpus(name: str, num_files: int, parts: Split, unknown: str | None) -> Cor
     return Corpus(
         *(vocabulary.encode(part) for part in parts),
         vocabulary=vocabulary,
-        source=Source(name, num_files, len(text), _sha256(text)),
+        source=Source(name, num_files, len(text), sha256(text)),
         num_unknown=(vocabulary.count_unknown(parts.valid), vocabulary.count_unknown(parts.test)),
     )
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
+    """Of a text as UTF-8."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -53,19 +53,24 @@ class Vocabulary(NamedTuple):
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """The text of tokens (N,); a ValueError if one is out of range."""
-        indices = np.asarray(tokens)
-        if indices.size and (indices.min() < 0 or indices.max() >= self.size):
-            raise ValueError(
-                f"tokens must lie from 0 to {self.size - 1}, got {indices.min()} to {indices.max()};"
-                " were they encoded with another vocabulary?"
-            )
-        return "".join(self.symbols[index] for index in indices)
+        return "".join(self.symbols[index] for index in require_tokens(tokens, self.size))
 
     def _look_up(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and where they are meaningless because the character is not in the vocabulary."""
         known, codes = _code_points(self.symbols), _code_points(text)
         tokens = np.minimum(np.searchsorted(known, codes), len(known) - 1).astype(np.int32)
         return tokens, known[tokens] != codes
+
+
+def require_tokens(tokens: np.ndarray | Sequence[int], size: int) -> np.ndarray:
+    """Tokens as an array; a ValueError if one is not below the size of the vocabulary."""
+    indices = np.asarray(tokens)
+    if indices.size and (indices.min() < 0 or indices.max() >= size):
+        raise ValueError(
+            f"tokens must lie from 0 to {size - 1}, got {indices.min()} to {indices.max()};"
+            " were they encoded with another vocabulary?"
+        )
+    return indices
 
 
 def build_vocabulary(text: str, unknown: str | None = None) -> Vocabulary:
