@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from jtrunc import cells as cells
+from jtrunc import diagnostics as diagnostics
 from jtrunc.backward import truncation as truncation
 from jtrunc.backward.adaptive import adaptive_bptt as adaptive_bptt
 from jtrunc.backward.artbp import artbp as artbp

@@ -56,6 +56,7 @@ truncated = partial(jtrunc.truncated_bptt, length=3)
 windowed = partial(jtrunc.windowed_bptt, backward_steps=4, loss_steps=2)
 artbp = partial(jtrunc.artbp, truncation=LAW)
 online = partial(jtrunc.online_artbp, truncation=LAW)
+adaptive = partial(jtrunc.adaptive_bptt, tolerance=0.5, num_lags=4, max_length=2)
 
 LENGTHS = {
     "truncated: length 0": Bad(build(jtrunc.truncated_bptt, 0), ValueError, ("length", "0")),
@@ -76,6 +77,40 @@ LENGTHS = {
         build(jtrunc.windowed_bptt, 4, 5), ValueError, ("loss_steps", "5", "backward_steps", "4")
     ),
     "windowed: K1 4.0": Bad(build(jtrunc.windowed_bptt, 4.0, 2), TypeError, ("backward_steps", "4.0")),
+    "adaptive: tolerance 0": Bad(build(jtrunc.adaptive_bptt, 0.0), ValueError, ("tolerance", "0.0")),
+    "adaptive: tolerance nan": Bad(build(jtrunc.adaptive_bptt, np.nan), ValueError, ("tolerance", "nan")),
+    "adaptive: tolerance word": Bad(build(jtrunc.adaptive_bptt, "low"), TypeError, ("tolerance", "low")),
+    "adaptive: lags 0": Bad(build(jtrunc.adaptive_bptt, 0.5, num_lags=0), ValueError, ("num_lags", "0")),
+    "adaptive: min above max": Bad(
+        build(jtrunc.adaptive_bptt, 0.5, min_length=9, max_length=5), ValueError, ("min_length", "9", "5")
+    ),
+    "adaptive: first K outside": Bad(
+        build(jtrunc.adaptive_bptt, 0.5, initial_length=200), ValueError, ("initial_length", "200", "100")
+    ),
+    "adaptive: unit": Bad(build(jtrunc.adaptive_bptt, 0.5, unit="epochs"), ValueError, ("unit", "epochs")),
+    "adaptive: every 0": Bad(
+        build(jtrunc.adaptive_bptt, 0.5, estimate_every=0), ValueError, ("estimate_every", "0")
+    ),
+    "adaptive: tau outside": Bad(
+        build(jtrunc.adaptive_bptt, 0.5, num_lags=50, fit_from=51), ValueError, ("fit_from", "51", "50")
+    ),
+    "adaptive: method": Bad(build(jtrunc.adaptive_bptt, 0.5, method="mean"), ValueError, ("method", "mean")),
+    "adaptive: look-ahead": Bad(update(partial(adaptive, max_length=9)), ValueError, ("inputs", "6", "19")),
+    "adaptive: streams": Bad(
+        update(
+            partial(adaptive, streams=True),
+            hidden=jnp.float64(0),
+            system=System(lambda theta, h, x: h, lambda params, h, x: (h, ())),
+        ),
+        ValueError,
+        ("streams", "hidden"),
+    ),
+    "norms: window": Bad(
+        lambda: jtrunc.diagnostics.gradient_norms(*CASE, 6), ValueError, ("inputs", "6", "num_lags", "7")
+    ),
+    "norms: parts": Bad(
+        lambda: jtrunc.diagnostics.gradient_norms(*CASE, 2, parts=lambda tree: tree), TypeError, ("parts",)
+    ),
     "windowed: K2 True": Bad(build(jtrunc.windowed_bptt, 4, True), TypeError, ("loss_steps", "True")),
 }
 
@@ -290,6 +325,7 @@ EVERY_ESTIMATOR = {
     "windowed": windowed,
     "artbp": artbp,
     "online": online,
+    "adaptive": adaptive,
 }
 
 
