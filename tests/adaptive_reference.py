@@ -120,8 +120,11 @@ def decay_rate(
 
 
 def absolute_bias(norms: Sequence[Decimal], decay: Decimal, fit_from: int, max_length: int) -> list[Decimal]:
-    """Eq. 23 as printed: Ê(K)/M̂ for K = 0 … max_length."""
-    if decay >= 1:
+    """Eq. 23 as printed: Ê(K)/M̂ for K = 0 … max_length.
+
+    No bound where β̂ ≥ 1 (errata 12), nor where φ_τ is zero and a later norm is not.
+    """
+    if decay >= 1 or (norms[fit_from] == 0 and any(norm > 0 for norm in norms[fit_from:])):
         return [INFINITY] * (max_length + 1)
     tail = norms[fit_from] / (1 - decay)
     bias = [sum(norms[K + 1 : fit_from], Decimal(0)) + tail for K in range(fit_from)] + [tail]
@@ -134,13 +137,22 @@ def relative_bias(norms: Sequence[Decimal], bias: Sequence[Decimal], over: str =
     """Eq. 24 with errata 11; over "window" needs `bias` up to the last lag of `norms`."""
     if not (bias[0].is_finite() and all(norm.is_finite() for norm in norms)):
         return [INFINITY] * len(bias)
-    last = len(norms) - 1
+    last = min(len(norms), len(bias)) - 1
+    floors = [sum(norms[: k + 1], Decimal(0)) - bias[k] for k in range(last + 1)]
     relative = []
     for K in range(len(bias)):
-        reach = min(K, last) if over == "prefix" else last
-        floor = max(sum(norms[: k + 1]) - bias[k] for k in range(reach + 1))
+        floor = max(floors[: K + 1] if over == "prefix" else floors)
         relative.append(bias[K] / floor if floor > 0 else INFINITY)
     return relative
+
+
+def shortest(
+    relative: Sequence[Decimal], tolerance: float, min_length: int, max_length: int
+) -> tuple[int, bool]:
+    """Eq. 25: κ̂, the first K in [K_min, K_max] with Δ̂(K) < δ, and whether there is one; else K_max."""
+    lengths = range(min_length, max_length + 1)
+    good = [K for K in lengths if relative[K] < Decimal(tolerance)]
+    return (good[0], True) if good else (max_length, False)
 
 
 class Length(NamedTuple):
@@ -160,14 +172,13 @@ def estimate_length(
     quantile: float = 0.9,
     over: str = "prefix",
 ) -> Length:
-    """Eq. 25: κ̂, the first K in [K_min, K_max] with Δ̂(K) < δ; K_max where there is none."""
+    """All of it, from log norms (N, R + 1)."""
     norms = mean_norms(log_norms)
     decay = decay_rate(norms, fit_from, method, quantile)
     bias = absolute_bias(norms, decay, fit_from, max(max_length, len(norms) - 1))
     relative = relative_bias(norms, bias, over)
-    good = [K for K in range(min_length, max_length + 1) if relative[K] < Decimal(tolerance)]
-    length = good[0] if good else max_length
-    return Length(length, bool(good), decay, relative[length])
+    length, bounded = shortest(relative, tolerance, min_length, max_length)
+    return Length(length, bounded, decay, relative[length])
 
 
 def _exp(value: float) -> Decimal:

@@ -65,7 +65,7 @@ def check_tolerance(owner: str, tolerance: Any) -> None:
     number = isinstance(tolerance, (float, int)) or getattr(tolerance, "shape", None) == ()
     if isinstance(tolerance, bool) or not number:
         raise TypeError(f"{owner}: `tolerance` must be a real number, not {tolerance!r}")
-    if is_concrete(tolerance) and not 0 < tolerance < math.inf:
+    if is_concrete(tolerance) and not 0 < float(tolerance) < math.inf:
         raise ValueError(
             f"{owner}: `tolerance` must lie in (0, inf), not {tolerance}; 0.1 to 0.9 are usual, 1 is no bound"
         )

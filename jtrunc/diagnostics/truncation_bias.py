@@ -261,19 +261,20 @@ def estimate_length(
     The inequality is strict. β̂ ≥ 1, or no such K, gives K_max and ``bounded=False``, never a small K
     (errata 12). Independent of the units of φ and of the size of the minibatch.
 
-    What the tolerance buys, and costs. Let x be the share of the tail beyond K in Σφ, and a = ‖g‖/(M Σφ) ≤ 1
-    how well the terms of the gradient agree. Over the prefix Δ̂ < δ means x < δ/(1 + 2δ) as long as K < τ, and
-    the true relative bias, at most x/a, is at most δ if (A-1) holds with β̂ and
+    What a tolerance buys. Let x be the share of the lags beyond K in Σφ, and a = ‖g‖/(M Σφ) ≤ 1 how well the
+    terms of the gradient agree, so that the true relative bias is at most x/a. Over the prefix Δ̂ < δ means
+    x < δ/(1 + 2δ), and if (A-1) holds with β̂ the true relative bias is below δ/(a (1 + 2δ)): within δ if
 
         a ≥ 1/(1 + 2δ):    0.36 for δ = 0.9,    0.5 for δ = 0.5,    0.83 for δ = 0.1.
 
-    Over the window Δ̂ < δ means x ≲ δ, with nothing to spare: a ≥ 1 − Ê(R)/(M Σφ) is needed, almost none may
-    cancel. Below these a the bias can be anything (errata 11).
+    Over the window Δ̂ < δ means x < δ, with nothing to spare: the true relative bias is below δ/a, often a
+    few per cent above δ. Where most of the gradient cancels either can be wrong by any factor (errata 11).
 
-    The price, with one real eigenvalue β: the bias is β^(K+1), and κ̂ + 1 ≈ log(δ/(1 + 2δ))/log β states are
-    1 + log(1 + 2δ)/log(1/δ) times as many as are needed: 1.08 for δ = 0.1, at most 2 for δ ≤ 0.5, but 10.8
-    for δ = 0.9. Over the window they are about as many as are needed, for any δ. For K ≥ τ either has one
-    more (errata 10). With δ ≥ 1 a truncation may leave out the whole gradient.
+    What it costs, with one real eigenvalue β, where the true relative bias is β^(K+1): over the prefix
+    κ̂ + 1 ≈ log(δ/(1 + 2δ))/log β states, 1 + log(1 + 2δ)/log(1/δ) times as many as are needed: 1.08 for δ =
+    0.1, at most 2 for δ ≤ 0.5 (κ̂ ≤ 2 K + 1 in lags), but 10.8 for δ = 0.9. Over the window about as many as
+    are needed, for any δ. Both count one lag too many where K ≥ τ (errata 10), and more than twice too many
+    where the slowest mode itself cancels: φ is of longer memory than the gradient then.
 
     Args:
       log_norms: log φₖ of N samples, (N, R + 1), as from `log_gradient_norms`.
