@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from jtrunc.experiments.adaptive_figures import claims, figure_one, figure_three, print_table, scores
 from jtrunc.experiments.adaptive_runs import Method, Program, Training, compile_program, read_result, run
 from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, Experiment, Problem
@@ -96,6 +98,8 @@ def check(config: Adaptive) -> None:
     for name in ("epochs", "steps", "width", "streams", "estimate_every", "clip", "weight_decay"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
+    if config.resume and not (config.output / "config.json").exists():
+        raise ValueError(f"no run to resume in {str(config.output)!r}: check --output, or leave out --resume")
 
 
 def read_method(text: str) -> Method:
@@ -130,9 +134,8 @@ def prepare(config: Adaptive) -> tuple[Experiment, Problem, Training]:
     given = experiment.sizes[config.scale]
     size = given._replace(**{name: getattr(config, name) or getattr(given, name) for name in given._fields})
     problem = experiment.problem(size, config.data)
-    length = len(problem.train[0])
     epochs = config.epochs or experiment.epochs[config.scale]
-    every = config.estimate_every or length
+    every = config.estimate_every or jax.tree.leaves(problem.train)[0].shape[0]
     return experiment, problem, Training(epochs, config.clip, config.weight_decay, every)
 
 
@@ -166,8 +169,6 @@ def claim(config: Adaptive) -> None:
         fresh_folder(config.output)
         path.write_text(json.dumps(settings(config), indent=1) + "\n")
         return
-    if not path.exists():
-        raise ValueError(f"no run to resume in {str(config.output)!r}: check --output, or leave out --resume")
     found = json.loads(path.read_text())
     for name, value in settings(config).items():
         if found.get(name) != value:

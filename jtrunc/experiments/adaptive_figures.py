@@ -36,20 +36,22 @@ def column(run: Mapping[str, Any], name: str) -> np.ndarray:
     return np.asarray([line[name] for line in run["epochs"]], float)
 
 
-def data_until(experiment: Experiment, run: Mapping[str, Any], level: float) -> float:
-    """Epochs of data until the best validation score is at most a level; inf if it never is.
+def median_over_seeds(runs: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """A number of every epoch, the median over seeds; a run that ended early keeps its last."""
+    columns = [column(run, name) for run in runs]
+    longest = max(len(values) for values in columns)
+    return np.median([np.pad(values, (0, longest - len(values)), "edge") for values in columns], axis=0)
+
+
+def data_until(experiment: Experiment, runs: Sequence[Mapping[str, Any]], level: float) -> float:
+    """Epochs of data until the best validation score is at most a level, medians over seeds; or inf.
 
     >>> lines = [{"data_epochs": 1.0, "best_valid": 2.0}, {"data_epochs": 2.0, "best_valid": 0.5}]
-    >>> data_until(_NATS, {"epochs": lines}, 1.0), data_until(_NATS, {"epochs": lines}, 0.1)
+    >>> data_until(_NATS, [{"epochs": lines}], 1.0), data_until(_NATS, [{"epochs": lines}], 0.1)
     (2.0, inf)
     """
-    reached = scores(experiment, column(run, "best_valid")) <= level
-    return float(column(run, "data_epochs")[reached.argmax()]) if reached.any() else math.inf
-
-
-def median_data(experiment: Experiment, runs: Sequence[Mapping[str, Any]], level: float) -> float:
-    """The median over seeds of `data_until`."""
-    return float(np.median([data_until(experiment, run, level) for run in runs]))
+    reached = scores(experiment, median_over_seeds(runs, "best_valid")) <= level
+    return float(median_over_seeds(runs, "data_epochs")[reached.argmax()]) if reached.any() else math.inf
 
 
 def print_table(experiment: Experiment, results: Results) -> None:
@@ -66,7 +68,7 @@ def print_table(experiment: Experiment, results: Results) -> None:
         ours += [_mean_std([run["measures"][name] for run in runs]) for name in names]
         theirs = experiment.published.get(label, ("",) * len(ours))
         pairs = [cell for pair in zip(ours, theirs, strict=True) for cell in pair]
-        reached = [] if experiment.target is None else [median_data(experiment, runs, experiment.target)]
+        reached = [] if experiment.target is None else [data_until(experiment, runs, experiment.target)]
         rows.append([label, *pairs, *reached, _last_lengths(runs), len(runs), _minutes(runs)])
     print("\nAt the best validation parameters, mean (standard deviation over seeds); epochs count the data")
     print("that estimates read, their median over seeds; K: mean of the last epoch")
@@ -97,7 +99,7 @@ def claims(experiment: Experiment, results: Results) -> list[dict[str, Any]]:
     if fixed and adaptive:
         best, level, data = best_fixed(experiment, fixed)
         for label, runs in adaptive.items():
-            needed = median_data(experiment, runs, level)
+            needed = data_until(experiment, runs, level)
             found.append(
                 {
                     "claim": f"{label} needs no more data than the best fixed length, {best}",
@@ -110,9 +112,10 @@ def claims(experiment: Experiment, results: Results) -> list[dict[str, Any]]:
 
 def best_fixed(experiment: Experiment, fixed: Results) -> tuple[str, float, float]:
     """The fixed length with the lowest median validation score, this score, and the data it took."""
-    medians = {label: float(np.median(final(experiment, runs, "valid"))) for label, runs in fixed.items()}
+    curves = {label: median_over_seeds(runs, "best_valid") for label, runs in fixed.items()}
+    medians = {label: float(scores(experiment, curve)[-1]) for label, curve in curves.items()}
     best = min(medians, key=medians.__getitem__)
-    return best, medians[best], median_data(experiment, fixed[best], medians[best])
+    return best, medians[best], data_until(experiment, fixed[best], medians[best])
 
 
 def _claims_of_learning(experiment: Experiment, fixed: Results, adaptive: Results) -> list[dict[str, Any]]:
@@ -138,17 +141,18 @@ def figure_one(experiment: Experiment, results: Results, path: Path) -> Path:
     left, centre, right = figure.subplots(1, 3)
     for i, (label, runs) in enumerate(results.items()):
         style: dict[str, Any] = _style(i, label)
-        x = column(runs[0], "data_epochs")
+        x = median_over_seeds(runs, "data_epochs")
         for j, run in enumerate(runs):
             thin = style | {"linewidth": 0.5, "alpha": 0.5, "label": None}
             left.plot(column(run, "data_epochs"), scores(experiment, column(run, "best_test")), **thin)
             if j:
                 centre.plot(column(run, "data_epochs"), column(run, "mean_length"), **thin)
                 right.plot(column(run, "data_epochs"), _shown(column(run, "relative_bias")), **thin)
-        left.plot(*_median(experiment, runs), **style)
+        left.plot(x, scores(experiment, median_over_seeds(runs, "best_test")), **style)
+        x = column(runs[0], "data_epochs")
         centre.plot(x, column(runs[0], "mean_length"), **style)
         right.plot(x, _shown(column(runs[0], "relative_bias")), **style)
-        low, high = np.array([line["relative_bias_band"] for line in runs[0]["epochs"]], float).T
+        low, high = column(runs[0], "relative_bias_band").T
         right.fill_between(x, _shown(low), _shown(high), color=style["color"], alpha=0.15, linewidth=0)
     for tolerance in experiment.tolerances:
         right.axhline(tolerance, color="0.5", linestyle=":", linewidth=0.9)
@@ -174,15 +178,6 @@ def _style(index: int, label: str) -> dict[str, Any]:
         return {"color": f"C{index}", "linestyle": "--", "linewidth": 1.3, "label": label}
     shade = ["0", "0.35", "0.6"][index % 3]
     return {"color": shade, "linestyle": "-", "linewidth": 1.6, "label": label.replace("delta", "δ")}
-
-
-def _median(experiment: Experiment, runs: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """The median over seeds, at the first seed's epochs of data."""
-    x = column(runs[0], "data_epochs")
-    curves = [
-        np.interp(x, column(run, "data_epochs"), scores(experiment, column(run, "best_test"))) for run in runs
-    ]
-    return x, np.median(curves, axis=0)
 
 
 def _shown(values: np.ndarray) -> np.ndarray:

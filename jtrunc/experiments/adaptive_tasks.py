@@ -127,10 +127,10 @@ def embedded(num_symbols: int, embedding: int, width: int, layers: int) -> cells
 def copy_problem(length: int | tuple[int, int], size: Size, data: Path | None) -> Problem:
     """The copy task; validation and test data are a quarter of the training data each."""
     if data is not None:
-        raise ValueError(f"the copy tasks are synthetic, but --data names {str(data)!r}: leave --data out")
+        raise ValueError(f"the copy tasks are synthetic, but --data names {str(data)!r}: leave out --data")
     draw = partial(whole_blocks, streams=size.streams, length=length)
     train = [_rolled(leaf) for leaf in draw(TRAIN, size.steps)]
-    held_out = max(2, size.steps // 8 * 2)
+    held_out = -(-size.steps // 80) * 20
     symbols = copying.num_classes()
     return Problem(
         summary=f"copy task, m = {length}: best perplexity 1, without memory"
@@ -158,9 +158,7 @@ def self_exciting_problem(size: Size, data: Path | None) -> Problem:
     Time since the beginning tells nothing there, and grows without bound: the network reads 0 instead.
     """
     if data is not None:
-        raise ValueError(
-            f"task 'self-exciting' is synthetic, but --data names {str(data)!r}: leave --data out"
-        )
+        raise ValueError(f"the process is synthetic, but --data names {str(data)!r}: leave out --data")
     lengths = (size.steps, max(1, size.steps // 4), max(1, size.steps // 4))
     seeds = zip((TRAIN, VALID, TEST), lengths, strict=True)
     lanes = [self_exciting.sequences(jax.random.key(seed), steps, size.streams) for seed, steps in seeds]
