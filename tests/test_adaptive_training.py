@@ -12,10 +12,15 @@ import numpy as np
 import optax
 import pytest
 
+import jtrunc
+from jtrunc import cells
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params
+from jtrunc.cli import main
 from jtrunc.optimizers import scale_by_truncation_length
+from jtrunc.tasks import copying
 from jtrunc.training import read_metrics, train
 from jtrunc.training.runner import Runner
+from jtrunc.training.seeds import seed_key
 from tests.training_cases import State, assert_same, echo
 
 ROWS = 2.0 ** np.arange(12, dtype=np.float32)  # a sum of losses says which rows it holds
@@ -91,3 +96,83 @@ def test_an_infinite_diagnostic_is_no_damage_and_is_written_as_json(tmp_path: Pa
     assert_same(resumed.state, whole.state)
     assert_same(resumed.history, whole.history)
     assert (tmp_path / "cut" / "metrics.jsonl").read_text() == text
+
+
+MODEL = cells.model(cells.lstm(copying.num_classes(), 6), copying.num_classes(), cells.softmax_cross_entropy)
+HIDDEN = MODEL.initial_hidden((4,))
+DATA = copying.sequences(jax.random.key(1), 97, 4, length=3)
+WINDOW = 17
+TRACES: list[int] = []
+
+
+def counted(estimator: GradientEstimator) -> GradientEstimator:
+    def update(*arguments: Any) -> Any:
+        TRACES.append(1)
+        return estimator.update(*arguments)
+
+    return estimator._replace(update=update)
+
+
+ADAPTIVE = counted(
+    jtrunc.adaptive_bptt(
+        MODEL.system, 0.5, num_lags=12, max_length=8, initial_length=4, estimate_every=3, streams=True
+    )
+)
+OPTIMIZER = optax.chain(optax.sgd(0.5), scale_by_truncation_length())
+
+
+def adaptive(num_updates: int = 30, **options: Any) -> Any:
+    return train(
+        MODEL.system, MODEL.init, HIDDEN, ADAPTIVE, OPTIMIZER, DATA,
+        window=WINDOW, num_updates=num_updates, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_one_compilation_for_every_length_and_every_chunk() -> None:
+    adaptive(2)
+    before = len(TRACES)
+    result = adaptive()
+    assert len(TRACES) == before + 1  # only the look at num_steps
+    history = result.history
+    assert len(set(history["truncation_length"])) >= 3
+    chosen = result.state.estimator_state.chosen
+    assert int(chosen.length) == history["truncation_length"][-1]
+    np.testing.assert_array_equal(history["relative_bias"][-1], chosen.relative_bias)
+    assert np.isposinf(history["relative_bias"][0]) and np.isfinite(history["relative_bias"][-1])
+    assert history["num_scored"].sum() == history["timestep"][-1] + result.state.estimator_state.look_back
+    assert (np.flatnonzero(history["estimation_steps"]) == np.arange(3, 30, 3)).all()
+
+
+@pytest.mark.slow
+def test_seeds_have_lengths_of_their_own_and_resume_bit_for_bit(tmp_path: Path, monkeypatch: Any) -> None:
+    options = {"seeds": 2, "log_every": 2, "checkpoint_every": 10}
+    whole = adaptive(out_dir=tmp_path / "whole", **options)
+    lengths = whole.history["truncation_length"]
+    assert lengths.shape == (15, 2) and (lengths[:, 0] != lengths[:, 1]).any()
+    solo = adaptive(key=seed_key(jax.random.key(0), 1)).history
+    np.testing.assert_array_equal(solo["truncation_length"].reshape(15, 2).mean(axis=1), lengths[:, 1])
+    sums = (solo["loss"] * solo["num_scored"]).reshape(15, 2).sum(axis=1)
+    np.testing.assert_allclose(sums, (whole.history["loss"] * whole.history["num_scored"])[:, 1], rtol=1e-4)
+
+    monkeypatch.setattr(Runner, "_next_size", lambda self: min(10, 30 - self.update))
+    adaptive(20, out_dir=tmp_path / "cut", **options)
+    resumed = adaptive(out_dir=tmp_path / "cut", resume=True, **options)
+    assert_same(resumed.state, whole.state)
+    assert_same(resumed.history, whole.history)
+    texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("cut", "whole")]
+    assert texts[0] == texts[1] and "1e999" in texts[0]
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_it(tmp_path: Path) -> None:
+    estimator = "adaptive-bptt:tolerance=0.9,num-lags=12,max-length=8,initial-length=4,estimate-every=20"
+    command = ["train", "--task", "copy:shortest=3,longest=3,steps=2000", "--cell", "tanh:width=4"]
+    command += ["--estimator", estimator, "--optimizer", "sgd:length-power=0.5", "--learning-rate", "0.5"]
+    command += ["--streams", "4", "--steps", "400", "--seeds", "2", "--output", str(tmp_path / "run")]
+    with jax.enable_x64(False):
+        assert main(command) == 0
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "split" not in line]
+    for name in ("truncation_length", "relative_bias", "decay_rate", "unbounded", "estimation_steps"):
+        assert np.shape(lines[-1][name]) == (2,), name
+    assert (np.sum([line["estimation_steps"] for line in lines], axis=0) > 0).all()

@@ -246,6 +246,43 @@ def online_artbp(
     return Windowed(estimator, look_ahead or long_enough(mean_length, alpha), max(1, round(mean_length)))
 
 
+def adaptive_bptt(
+    system: jtrunc.System,
+    *,
+    tolerance: float = 0.5,
+    num_lags: int = 100,
+    min_length: int = 2,
+    max_length: int = 100,
+    initial_length: int = 15,
+    estimate_every: int = 4000,
+    fit_share: float = 0.9,
+    method: str = "least_squares",
+    weighted: bool = False,
+) -> Windowed:
+    """BPTT(2K, K), K measured every estimate-every steps; makes steps / initial-length updates, whatever K is.
+
+    K is the least whose estimated relative bias is below `tolerance`; the decay is fitted on the lags from
+    `fit_share` of `num_lags` on. The gradient is a mean over the window: see sgd:length-power=0.5.
+    """
+    if not 0 <= fit_share < 1:
+        raise ValueError(f"fit_share must lie in [0, 1), got {fit_share}")
+    estimator = jtrunc.adaptive_bptt(
+        system,
+        tolerance,
+        num_lags=num_lags,
+        min_length=min_length,
+        max_length=max_length,
+        initial_length=initial_length,
+        estimate_every=estimate_every,
+        unit="steps",
+        fit_from=round(fit_share * num_lags),
+        method=cast(Any, method),
+        streams=True,
+        weighted=weighted,
+    )
+    return Windowed(estimator, max(2 * max_length + 1, num_lags + 1), initial_length)
+
+
 def _forward(estimator: jtrunc.GradientEstimator, window: int) -> Windowed:
     """A forward estimator follows one stream: each stream gets its own, and their gradients are averaged."""
     return Windowed(jtrunc.per_stream(estimator), window, window)
@@ -310,9 +347,17 @@ def long_enough(mean_length: float, alpha: float, probability: float = HIT_PROBA
     return math.ceil(scale * (probability ** (-1 / (alpha - 1)) - 1))
 
 
-def sgd(learning_rate: Any, *, momentum: float = 0.0) -> optax.GradientTransformation:
-    """Gradient descent; the gradient is a sum over the window, so long windows take longer steps."""
-    return optax.sgd(learning_rate, momentum or None)
+def sgd(
+    learning_rate: Any, *, momentum: float = 0.0, length_power: float = 0.0
+) -> optax.GradientTransformation:
+    """Gradient descent; gradients that are sums over the window take longer steps where it is longer.
+
+    Those of adaptive-bptt are means: length_power=0.5 makes steps longer by the root of the length.
+    """
+    descent = optax.sgd(learning_rate, momentum or None)
+    if not length_power:
+        return descent
+    return optax.chain(descent, optimizers.scale_by_truncation_length(length_power))
 
 
 def adam(learning_rate: Any, *, b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
@@ -351,6 +396,7 @@ ESTIMATORS = {
     "online-artbp": online_artbp,
     "artbp": artbp,
     "windowed-bptt": windowed_bptt,
+    "adaptive-bptt": adaptive_bptt,
     "bptt": bptt,
     "rtrl": rtrl,
     "nobacktrack": nobacktrack,
