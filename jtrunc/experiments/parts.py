@@ -256,10 +256,11 @@ def adaptive_bptt(
     initial_length: int = 15,
     estimate_every: int = 4000,
     fit_share: float = 0.9,
+    num_times: int = 1,
     method: str = "least_squares",
     weighted: bool = False,
 ) -> Windowed:
-    """BPTT(2K, K), K measured every estimate-every steps; makes steps / initial-length updates, whatever K is.
+    """BPTT(2K, K), K measured every `estimate_every` steps; --steps / initial-length updates, whatever K is.
 
     K is the least whose estimated relative bias is below `tolerance`; the decay is fitted on the lags from
     `fit_share` of `num_lags` on. The gradient is a mean over the window: see sgd:length-power=0.5.
@@ -277,10 +278,11 @@ def adaptive_bptt(
         unit="steps",
         fit_from=round(fit_share * num_lags),
         method=cast(Any, method),
+        num_times=num_times,
         streams=True,
         weighted=weighted,
     )
-    return Windowed(estimator, max(2 * max_length + 1, num_lags + 1), initial_length)
+    return Windowed(estimator, max(2 * max_length + 1, num_lags + num_times), initial_length)
 
 
 def _forward(estimator: jtrunc.GradientEstimator, window: int) -> Windowed:
