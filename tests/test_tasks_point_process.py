@@ -159,6 +159,7 @@ def build(width: int = 5, **options: Any) -> tuple[point_process.Model, Any]:
     return net, jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * generator.normal(size=leaf.shape)), params)
 
 
+@pytest.mark.slow
 def test_model_is_its_formulas() -> None:
     """Embedding, concatenation, two cells, two readouts, written out; loss and gradient of a window."""
     net, params = build()
@@ -194,6 +195,7 @@ def test_model_is_its_formulas() -> None:
         assert differ(changed.grads, grads)
 
 
+@pytest.mark.slow
 def test_engines_agree_on_the_folded_embedding() -> None:
     """The structure, which holds a product of parameters, against the generic path and forward mode."""
     net = point_process.model(cells.tanh(EMBEDDING + 2, 5), MARKS, EMBEDDING)
