@@ -175,6 +175,27 @@ def test_no_bound_is_never_a_small_length(name):
     assert int(bounded.length) < 10 and bounded.bounded
 
 
+def test_lengths_that_end_before_the_fit_begins():
+    """K_max < τ < R: the bias is still bounded over the whole window."""
+
+    @jax.jit
+    def estimates(log_norms: jax.Array) -> Any:
+        fit = partial(estimate_length, log_norms, fit_from=FIT_FROM, min_length=1, max_length=12)
+        return {over: jax.vmap(partial(fit, over=over))(jnp.asarray(TOLERANCES)) for over in RANGES}
+
+    found = estimates(jnp.asarray(CURVES["noisy"]))
+    for over in RANGES:
+        expected = [
+            reference.estimate_length(CURVES["noisy"], d, FIT_FROM, 1, 12, over=over) for d in TOLERANCES
+        ]
+        lengths, bounded = found[over].length, found[over].bounded
+        assert list(zip(lengths, bounded, strict=True)) == [each[:2] for each in expected]
+        bias = [float(each.relative_bias) for each in expected]
+        np.testing.assert_allclose(found[over].relative_bias, bias, rtol=1e-10)
+        assert {each.bounded for each in expected} == {True, False}
+    assert np.any(found["prefix"].length > found["window"].length)
+
+
 def test_the_inequality_is_strict_and_lengths_fall_with_the_tolerance():
     log_norms = jnp.asarray(CURVES["noisy and slow"])
     first = lengths_of(log_norms, 0.1)
