@@ -7,164 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
 import optax
 
 import jtrunc
-from jtrunc import cells, optimizers, tasks
+from jtrunc import cells, optimizers
+from jtrunc.experiments.token_tasks import TASKS as TASKS
+from jtrunc.experiments.token_tasks import Tokens as Tokens
 from jtrunc.optimizers import inverse_square_root_decay
-from jtrunc.tasks import copying, corpora, counting, synthetic_language, text
 
 HIT_PROBABILITY = 1e-5
 """A default look-ahead is so long that a window of ARTBP is longer with this probability."""
-
-
-class Tokens(NamedTuple):
-    """A task of predicting tokens.
-
-    Attributes:
-      num_classes: how many tokens there are.
-      train: ``num_streams -> (inputs, targets)``, int32, (T, B) each.
-      valid: the same, of data that are not trained on.
-      test: the same, of data that no choice was made on.
-      vocabulary: to write samples with, or None.
-      summary: one line for the reader: source, size, known bounds.
-    """
-
-    num_classes: int
-    train: Callable[[int], Any]
-    valid: Callable[[int], Any]
-    test: Callable[[int], Any]
-    vocabulary: text.Vocabulary | tasks.words.Vocabulary | None
-    summary: str
-
-
-def _of_corpus(corpus: corpora.Corpus | tasks.words.Corpus) -> Tokens:
-    source, size = corpus.source, corpus.vocabulary.size
-    counted = f"{source.num_characters:,} characters ({size} different)"
-    if isinstance(corpus, tasks.words.Corpus):
-        num_words = sum(len(part) for part in (corpus.train, corpus.valid, corpus.test))
-        counted = f"{num_words:,} words ({size} different)"
-    return Tokens(
-        corpus.vocabulary.size,
-        lambda streams: text.lanes(corpus.train, streams),
-        lambda streams: text.lanes(corpus.valid, streams),
-        lambda streams: text.lanes(corpus.test, streams),
-        corpus.vocabulary,
-        f"{source.name}: {source.num_files} files, {counted}, SHA-256 {source.sha256[:12]}",
-    )
-
-
-def characters(data: Path | None, *, max_characters: int = 0, pattern: str = "*") -> Tokens:
-    """Characters of the text in --data; without --data, of Python's own standard library."""
-    limit = max_characters or None
-    if data is None:
-        return _of_corpus(corpora.python_standard_library(limit or 3_000_000))
-    return _of_corpus(corpora.characters(data, pattern=pattern, max_characters=limit))
-
-
-def penn_treebank(data: Path | None, *, verify: bool = True) -> Tokens:
-    """Penn Treebank characters, from ptb.train.txt, ptb.valid.txt and ptb.test.txt in the folder --data."""
-    if data is None:
-        raise ValueError("task 'penn-treebank' needs --data: the folder of ptb.train.txt and its two sisters")
-    return _of_corpus(corpora.penn_treebank(data, verify=verify))
-
-
-def words(
-    data: Path | None, *, max_vocabulary: int = 10_000, max_characters: int = 0, pattern: str = "*"
-) -> Tokens:
-    """Words of the text in --data; without --data, of Python's own standard library."""
-    limit = max_characters or None
-    corpus = tasks.words.words(data, pattern=pattern, max_vocabulary=max_vocabulary, max_characters=limit)
-    return _of_corpus(corpus)
-
-
-def penn_treebank_words(data: Path | None, *, verify: bool = True) -> Tokens:
-    """Penn Treebank by words (10,000), from ptb.train.txt and its two sisters in the folder --data."""
-    if data is None:
-        raise ValueError(
-            "task 'penn-treebank-words' needs --data: the folder of ptb.train.txt and its two sisters"
-        )
-    return _of_corpus(tasks.words.penn_treebank_words(data, verify=verify))
-
-
-def wikitext_2(data: Path | None, *, verify: bool = True) -> Tokens:
-    """WikiText-2 by words (33,278), from wiki.train.tokens and its two sisters in the folder --data."""
-    if data is None:
-        raise ValueError(
-            "task 'wikitext-2' needs --data: the folder of wiki.train.tokens and its two sisters"
-        )
-    return _of_corpus(tasks.words.wikitext2(data, verify=verify))
-
-
-def shakespeare(
-    data: Path | None, *, max_characters: int = 0, pattern: str = "*.txt", verify: bool = True
-) -> Tokens:
-    """Characters of Shakespeare, from the text file or the folder --data."""
-    if data is None:
-        raise ValueError("task 'shakespeare' needs --data: a text file or a folder of them")
-    limit = max_characters or None
-    return _of_corpus(corpora.shakespeare(data, pattern=pattern, max_characters=limit, verify=verify))
-
-
-def copy(
-    data: Path | None, *, shortest: int = 10, longest: int = 10, symbols: int = 6, steps: int = 256_000
-) -> Tokens:
-    """The copy task: read m symbols, write them; m is drawn from shortest..longest. Synthetic."""
-    _require_no_data(data, "copy")
-    sequences = partial(copying.sequences, length=(shortest, longest), num_symbols=symbols)
-    bounds = f"best perplexity 1, without memory {copying.memoryless_perplexity(symbols):.3f}"
-    return Tokens(copying.num_classes(symbols), *_draws(sequences, steps), None, f"copy task, {bounds}")
-
-
-def brackets(data: Path | None, *, steps: int = 256_000) -> Tokens:
-    """A small synthetic language of nested brackets, whose entropy rate is known."""
-    _require_no_data(data, "brackets")
-    language = synthetic_language.brackets()
-    sequences = partial(synthetic_language.sequences, language=language)
-    rate = synthetic_language.entropy_rate_bits(language)
-    summary = f"brackets, entropy rate {rate:.4f} bits a symbol"
-    return Tokens(len(language.symbols), *_draws(sequences, steps), None, summary)
-
-
-def anbn(data: Path | None, *, shortest: int = 1, longest: int = 32, steps: int = 1_000_000) -> Tokens:
-    """aⁿbⁿ: n letters a, a newline, n letters b, a newline; n is drawn from shortest..longest. Synthetic."""
-    _require_no_data(data, "anbn")
-    sequences = partial(counting.sequences, shortest=shortest, longest=longest)
-    rate = counting.entropy_rate_bits(shortest, longest)
-    summary = (
-        f"aⁿbⁿ on [{shortest}; {longest}], entropy rate {rate:.4f} bits a character, of aⁿbᵖ {2 * rate:.4f}"
-    )
-    vocabulary = counting.VOCABULARY
-    return Tokens(vocabulary.size, *_draws(sequences, steps), vocabulary, summary)
-
-
-def music(data: Path | None, *, steps: int = 100_000) -> Tokens:
-    """A synthetic music notation with rules of syntax, rhythm and harmony, whose entropy rate is known."""
-    _require_no_data(data, "music")
-    summary = f"music notation, entropy rate {tasks.music.entropy_rate_bits():.4f} bits a character"
-    vocabulary = tasks.music.VOCABULARY
-    return Tokens(vocabulary.size, *_draws(tasks.music.sequences, steps), vocabulary, summary)
-
-
-def _draws(
-    sequences: Callable[[jax.Array, int, int], Any], steps: int
-) -> tuple[Callable[[int], Any], Callable[[int], Any], Callable[[int], Any]]:
-    """Training, validation and test part of a synthetic task: `steps`, and a quarter of them each."""
-
-    def draw(seed: int, num_steps: int) -> Callable[[int], Any]:
-        return lambda streams: sequences(jax.random.key(seed), max(1, num_steps // streams), streams)
-
-    return draw(1000, steps), draw(1001, steps // 4), draw(1002, steps // 4)
-
-
-def _require_no_data(data: Path | None, name: str) -> None:
-    if data is not None:
-        raise ValueError(f"task {name!r} is synthetic, but --data names {str(data)!r}: leave --data out")
 
 
 def _stacked(layers: int, make: Callable[[int], Any], input_size: int, width: int) -> Any:
@@ -285,6 +139,34 @@ def adaptive_bptt(
     return Windowed(estimator, max(2 * max_length + 1, num_lags + num_times), initial_length)
 
 
+def adaptive_artbp(
+    system: jtrunc.System,
+    *,
+    mean_length: float = 50,
+    num_lags: int = 100,
+    estimate_every: int = 4000,
+    num_times: int = 8,
+    look_ahead: int = 0,
+    weighted: bool = False,
+) -> Windowed:
+    """online-artbp with the law of least variance for gradient norms measured every `estimate_every` steps.
+
+    look_ahead 0: as for online-artbp with alpha=4, the first law; the measured laws may need a longer one, see
+    the diagnostic look_ahead_hits.
+    """
+    estimator = jtrunc.adaptive_artbp(
+        system,
+        mean_length,
+        num_lags=num_lags,
+        estimate_every=estimate_every,
+        unit="steps",
+        num_times=num_times,
+        weighted=weighted,
+    )
+    window = look_ahead or max(long_enough(mean_length, 4.0), num_lags + num_times)
+    return Windowed(estimator, window, max(1, round(mean_length)))
+
+
 def _forward(estimator: jtrunc.GradientEstimator, window: int) -> Windowed:
     """A forward estimator follows one stream: each stream gets its own, and their gradients are averaged."""
     return Windowed(jtrunc.per_stream(estimator), window, window)
@@ -380,22 +262,11 @@ def qdop(
     return optimizers.qdop(prior, decay=schedule, learning_rate=learning_rate)
 
 
-TASKS = {
-    "characters": characters,
-    "penn-treebank": penn_treebank,
-    "words": words,
-    "penn-treebank-words": penn_treebank_words,
-    "wikitext-2": wikitext_2,
-    "shakespeare": shakespeare,
-    "copy": copy,
-    "brackets": brackets,
-    "anbn": anbn,
-    "music": music,
-}
 CELLS = {"lstm": lstm, "gru": gru, "tanh": tanh, "leaky": leaky, "linear-recurrent": linear_recurrent}
 ESTIMATORS = {
     "truncated-bptt": truncated_bptt,
     "online-artbp": online_artbp,
+    "adaptive-artbp": adaptive_artbp,
     "artbp": artbp,
     "windowed-bptt": windowed_bptt,
     "adaptive-bptt": adaptive_bptt,
