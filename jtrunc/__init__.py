@@ -7,6 +7,7 @@ from jtrunc import cells as cells
 from jtrunc import diagnostics as diagnostics
 from jtrunc.backward import truncation as truncation
 from jtrunc.backward.adaptive import adaptive_bptt as adaptive_bptt
+from jtrunc.backward.adaptive_artbp import adaptive_artbp as adaptive_artbp
 from jtrunc.backward.artbp import artbp as artbp
 from jtrunc.backward.bptt import bptt as bptt
 from jtrunc.backward.online_artbp import online_artbp as online_artbp

@@ -22,7 +22,7 @@ from jtrunc.backward.window import Boundaries, Decide, dynamic_window
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_step, check_system
 from jtrunc.devices import anchor, vary
-from jtrunc.trees import strongly_typed
+from jtrunc.trees import num_time_steps, strongly_typed
 
 
 class OnlineArtbpState(NamedTuple):
@@ -86,26 +86,33 @@ def online_artbp(system: System, truncation: Truncation) -> GradientEstimator:
         return OnlineArtbpState(strongly_typed(hidden), key if law.random else ())
 
     def update(params: Params, state: OnlineArtbpState, inputs: PyTree) -> tuple[Estimate, OnlineArtbpState]:
-        look_ahead = check_step(system, params, state.hidden, inputs)
-        check_law("online_artbp", law, look_ahead)
-        anchored = anchor(params, state, inputs)
-        params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
-        state, inputs = vary((state, inputs), anchored)
-        key, draw = jax.random.split(state.key) if law.random else ((), None)
-        parts = window_parts(system, params, state.hidden, inputs)
-        if law.reads_hidden:
-            boundaries, decide = _undecided(law, draw, look_ahead)
-        else:
-            boundaries, decide = _decided(law, draw, look_ahead), None
-        boundaries = vary(boundaries, anchored)
-        window = dynamic_window(parts, state.hidden, inputs, boundaries, decide)
-        (grads,) = pull_vary(window.grads)
-        cut = window.boundaries.state if decide is None else window.boundaries.state[1]
-        diagnostics = {"look_ahead_hits": jnp.where(cut, 0, 1).astype(jnp.int32)}
-        estimate = Estimate(window.loss, grads, window.boundaries.stop, Aux(window.aux, diagnostics))
-        return estimate, OnlineArtbpState(window.hidden, key)
+        check_law("online_artbp", law, check_step(system, params, state.hidden, inputs))
+        return sampled_window(system, law, params, state, inputs)
 
     return GradientEstimator(init, update)
+
+
+def sampled_window(
+    system: System, law: Truncation, params: Params, state: OnlineArtbpState, inputs: PyTree
+) -> tuple[Estimate, OnlineArtbpState]:
+    """Draws one window from `inputs` by a law, runs and differentiates it: the update of the estimator."""
+    look_ahead = num_time_steps(inputs)
+    anchored = anchor(params, state, inputs)
+    params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
+    state, inputs = vary((state, inputs), anchored)
+    key, draw = jax.random.split(state.key) if law.random else ((), None)
+    parts = window_parts(system, params, state.hidden, inputs)
+    if law.reads_hidden:
+        boundaries, decide = _undecided(law, draw, look_ahead)
+    else:
+        boundaries, decide = _decided(law, draw, look_ahead), None
+    boundaries = vary(boundaries, anchored)
+    window = dynamic_window(parts, state.hidden, inputs, boundaries, decide)
+    (grads,) = pull_vary(window.grads)
+    cut = window.boundaries.state if decide is None else window.boundaries.state[1]
+    diagnostics = {"look_ahead_hits": jnp.where(cut, 0, 1).astype(jnp.int32)}
+    estimate = Estimate(window.loss, grads, window.boundaries.stop, Aux(window.aux, diagnostics))
+    return estimate, OnlineArtbpState(window.hidden, key)
 
 
 def _decided(law: Truncation, draw: Any, look_ahead: int) -> Boundaries:

@@ -89,6 +89,11 @@ def _scaled_length(hazards: jax.Array) -> jax.Array:
     return -jnp.expm1(-hazards[-1]) * jnp.sum(reached[:-1]) + reached[-1]
 
 
+def table_size(num_lags: int) -> int:
+    """N for E lags: farther apart than thrice the longest memory, hazards hardly differ."""
+    return max(3 * num_lags, 32)
+
+
 @jax.jit
 def optimal_probabilities(products: LagProducts, length: jax.Array) -> jax.Array:
     """c₁ … c_N of the least V at mean length `length` > 1, N = max(3E, 32), the last one ever after.
@@ -110,7 +115,7 @@ def optimal_probabilities(products: LagProducts, length: jax.Array) -> jax.Array
 
 def _best_of_two_rates(products: LagProducts, length: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The best hazards and V among c₁ = 1 − s (1 − 1/L₀), cᵢ = s/L₀ for i > 1; constant c is s = 1."""
-    first = jnp.arange(max(3 * products.log_scale.shape[0], 32)) == 0
+    first = jnp.arange(table_size(products.log_scale.shape[0])) == 0
     share = 2.0 ** (-jnp.arange(16, dtype=length.dtype) / 2)[:, None]
     uncut = jnp.where(first[None], share * (1.0 - 1.0 / length), 1.0 - share / length)
     hazards = -jnp.log(uncut)

@@ -59,9 +59,7 @@ def truncation_variance(
     law = check_law("truncation_variance", law)
     check_size("truncation_variance", "num_positions", num_positions)
     if law.length is not None:
-        raise ValueError(
-            "truncation_variance: `law` is given for the boundaries of one stream; use a law"
-        )
+        raise ValueError("truncation_variance: `law` is given for the boundaries of one stream; use a law")
     norms = check_norms("truncation_variance", gradient_norms)
     if products is None:
         moments = uncorrelated(jnp.log(jnp.mean(norms**2, axis=0)))
