@@ -140,3 +140,24 @@ def test_a_state_without_floats_is_refused(name):
     system = System(lambda theta, h, x: h + 1, lambda params, h, x: (params.recurrent * x, ()))
     with pytest.raises(ValueError, match="no floating-point entries"):
         FAMILY[name](system).init(Params(jnp.ones(())), jnp.int32(0), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["nobacktrack", "uoro"])
+def test_windows_equal_steps_where_the_structure_multiplies_parameters(name):
+    """An embedding times a kernel, as in the point process: at zero it looked like no use at all."""
+    structure = Structure(
+        affine=lambda theta: {"units": Affine(theta["W"], theta["embedding"] @ theta["U"], None)},
+        hidden_features=lambda hidden, inputs: {"units": hidden},
+        input_features=lambda inputs: {"units": inputs},
+        combine=lambda elementwise, hidden, inputs, p: jnp.tanh(p["units"]),
+    )
+    system = System(transition_of(structure), square, structure)
+    generator = np.random.default_rng(21)
+    shapes = {"W": (3, 3), "embedding": (2, 4), "U": (4, 3)}
+    params = Params({name: jnp.asarray(generator.normal(size=shape)) for name, shape in shapes.items()})
+    inputs, hidden = jnp.asarray(generator.normal(size=(3, 2))), jnp.zeros(3)
+    estimator = FAMILY[name](system)
+    state = estimator.init(params, hidden, jax.random.key(0))
+    window, _ = estimator.update(params, state, inputs)
+    grads, _ = steps(estimator, params, state, inputs)
+    assert_close(window.grads, jax.tree.map(lambda *parts: sum(parts), *grads))

@@ -296,12 +296,20 @@ def unit_sums(units: Units, theta: PyTree, tree: PyTree) -> jax.Array:
 
 
 def is_rearrangement(units: Units, theta: PyTree) -> bool:
-    """Whether the structure uses each entry of θ once at most: norms are then the same in its coordinates."""
+    """Whether the structure uses each entry of θ once at most: norms are then the same in its coordinates.
+
+    Asked at numbers between 1 and 2, where the derivative of a product of parameters is neither 0 nor 1.
+    """
     with jax.ensure_compile_time_eval():
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), theta)
-        (affine, elementwise), pull = _coordinates_of_theta(units, zeros)
+        (affine, elementwise), pull = _coordinates_of_theta(units, jax.tree.map(_between_one_and_two, theta))
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), (affine, elementwise))
-        return all(bool((jnp.abs(leaf) <= 1).all()) for leaf in jax.tree.leaves(pull(ones)))
+        uses = [jnp.abs(leaf) for leaf in jax.tree.leaves(pull(ones))]
+        return all(bool(((leaf == 0) | (leaf == 1)).all()) for leaf in uses)
+
+
+def _between_one_and_two(leaf: jax.Array) -> jax.Array:
+    fractions = (jnp.arange(leaf.size) + 1) / (leaf.size + 1)
+    return (1 + fractions).reshape(leaf.shape).astype(leaf.dtype)
 
 
 def pulled_norm(units: Units, step: UnitStep, cotangent: jax.Array) -> jax.Array:
