@@ -16,6 +16,8 @@ import jtrunc
 from jtrunc import cells
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params
 from jtrunc.cli import main
+from jtrunc.experiments import parts
+from jtrunc.experiments.names import choose
 from jtrunc.optimizers import scale_by_truncation_length
 from jtrunc.tasks import copying
 from jtrunc.training import read_metrics, train
@@ -162,6 +164,23 @@ def test_seeds_have_lengths_of_their_own_and_resume_bit_for_bit(tmp_path: Path, 
     assert_same(resumed.history, whole.history)
     texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("cut", "whole")]
     assert texts[0] == texts[1] and "1e999" in texts[0]
+
+
+@pytest.mark.parametrize("name", ["adaptive-bptt:num-times=30", "adaptive-artbp:look-ahead=108"])
+def test_the_command_line_gives_a_look_ahead_that_suffices_and_no_more(name: str) -> None:
+    """Shapes alone: one step less is refused."""
+    chosen = choose(name + ",max-length=60" * ("bptt" in name), parts.ESTIMATORS, "estimator")
+    estimator, window, _ = chosen.make(MODEL.system, **chosen.options)
+    params = jax.eval_shape(MODEL.init, jax.random.key(0))
+    state = jax.eval_shape(estimator.init, params, HIDDEN, jax.random.key(0))
+    for missing in (0, 1):
+        inputs = tuple(jnp.zeros((window - missing, 4), leaf.dtype) for leaf in DATA)
+        if missing:
+            with pytest.raises(ValueError, match="look-ahead"):
+                jax.eval_shape(estimator.update, params, state, inputs)
+        else:
+            estimate, _ = jax.eval_shape(estimator.update, params, state, inputs)
+            assert {"estimation_steps"} < set(estimate.aux.diagnostics)
 
 
 @pytest.mark.slow

@@ -151,8 +151,8 @@ def adaptive_artbp(
 ) -> Windowed:
     """online-artbp with the law of least variance for gradient norms measured every `estimate_every` steps.
 
-    look_ahead 0: as for online-artbp with alpha=4, the first law; the measured laws may need a longer one, see
-    the diagnostic look_ahead_hits.
+    look_ahead 0: as for online-artbp with alpha=4, which is the first law; measured laws may need a longer
+    one: see the diagnostic look_ahead_hits.
     """
     estimator = jtrunc.adaptive_artbp(
         system,
