@@ -10,6 +10,7 @@ QUESTIONS = (
     "structured_cells",
     "any_cell",
     "dynamic_windows",
+    "adaptive",
     "long_bptt",
     "memory",
     "rtrl",
