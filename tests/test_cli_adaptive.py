@@ -15,7 +15,8 @@ import pytest
 from jtrunc.cli import main
 from jtrunc.experiments import adaptive, adaptive_figures, adaptive_runs
 from jtrunc.experiments.adaptive_runs import Method, Training, optimizer_of
-from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, whole_blocks
+from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, Size, whole_blocks
+from jtrunc.tasks import point_process
 
 STEPS = 120
 TINY = ["--steps", str(STEPS), "--epochs", "3", "--width", "4", "--streams", "4", "--estimate-every", "60"]
@@ -34,8 +35,8 @@ def small_lags():
         small = EXPERIMENTS["copy"]._replace(num_lags=20, max_length=12, initial_length=6)
         patch.setitem(EXPERIMENTS, "copy", small)
         yield
-    adaptive.prepare.cache_clear()
-    adaptive.program_of.cache_clear()
+    for cached in (adaptive.prepare, adaptive.report_of, adaptive.program_of):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,19 @@ def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 
+@pytest.mark.slow
 def test_table_pictures_and_numbers(finished):
     folder, shown = finished
     for name in ("curves.png", "gradient_norms.png"):
         assert (folder / name).stat().st_size > 10_000
-    for words in ("paper", "1.024 (0.003)", "epochs to 1.05", "delta=0.5 goes to 1.0", "weight decay 1e-05"):
+    for words in (
+        "paper",
+        "1.024 (0.003)",
+        "epochs to 1.05",
+        "delta=0.5 goes to 1.0",
+        "weight decay 1e-05",
+        "width 4, streams 4, steps 120 (the paper: width 50, streams 64, steps 4000)",
+    ):
         assert words in shown
     found = json.loads((folder / "summary.json").read_text())
     assert list(found["runs"]) == ["K=3", "delta=0.5"]
@@ -81,6 +90,7 @@ def test_table_pictures_and_numbers(finished):
         assert run["epochs"] == lines(folder / label / "seed-0")
 
 
+@pytest.mark.slow
 def test_epochs_count_the_data_of_the_estimates(finished):
     folder, _ = finished
     fixed, chosen = lines(folder / "K=3" / "seed-0"), lines(folder / "delta=0.5" / "seed-0")
@@ -96,6 +106,7 @@ def test_epochs_count_the_data_of_the_estimates(finished):
     assert len({line["mean_length"] for line in chosen}) > 1, "K never moved"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_kept(finished, capsys):
     folder, _ = finished
     path = folder / "delta=0.5" / "seed-0" / "result.json"
@@ -107,6 +118,7 @@ def test_a_finished_run_is_kept(finished, capsys):
     assert command(folder) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     folder, _ = finished
     config = adaptive.Adaptive(
@@ -177,14 +189,16 @@ def test_claims_are_judged_by_the_numbers():
         "K=15": [made("K=15", 1.5, 1.2, 1.02), made("K=15", 1.5, 1.2, 1.03)],
         "delta=0.5": [made("delta=0.5", 1.5, 1.02, data=1.1), made("delta=0.5", 1.2, 1.02, data=1.1)],
     }
-    assert held(good) == [True, True, True, True]
+    assert held(good) == [True, True, True, True, True]
     late = [made("delta=0.5", 1.5, 1.2, 1.02, data=1.1)] * 2
-    assert held({**good, "delta=0.5": late}) == [True, True, True, False]
+    assert held({**good, "delta=0.5": late}) == [True, True, True, False, False]
+    between = [made("delta=0.5", 1.04, 1.04, 1.04, 1.02)] * 2
+    assert held({**good, "delta=0.5": between}) == [True, True, True, False, True]
     stuck = [made("delta=0.5", 1.5, 1.2)] * 2
     bad = {"K=5": [good["K=5"][0], made("K=5", 1.04)], "K=15": good["K=15"], "delta=0.5": stuck}
-    assert held(bad) == [False, True, False, False]
+    assert held(bad) == [False, True, False, False, False]
     diverged = {**good, "delta=0.5": [made("delta=0.5", math.inf)] * 2}
-    assert held(diverged) == [True, True, False, False]
+    assert held(diverged) == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -212,10 +226,25 @@ def test_wrong_usage_leaves_no_folder(arguments, message, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_point_process_reports_its_own_measures(tmp_path):
-    tiny = ["--steps", "60", "--epochs", "1", "--width", "4", "--streams", "4", "--seeds", "1"]
-    arguments = ["--task", "self-exciting", "--methods", "K=3", *tiny, "--output", str(tmp_path / "run")]
-    assert main(["reproduce", "adaptive", *arguments]) == 0
-    found = json.loads((tmp_path / "run" / "summary.json").read_text())
-    measures = found["runs"]["K=3"][0]["measures"]
-    assert 0 < measures["0-1 loss"] < 1 and measures["1 RMSE(t)"] > 0
+def test_a_point_process_is_measured_by_its_predictions():
+    problem = EXPERIMENTS["self-exciting"].problem(Size(4, 2, 32), None)
+    params, hidden = problem.model.init(jax.random.key(0)), problem.model.initial_hidden((2,))
+    events, targets = problem.test
+
+    @jax.jit
+    def step(hidden: Any, inputs: Any) -> Any:
+        hidden = problem.model.system.transition(params.recurrent, hidden, inputs)
+        said: Any = problem.model.predict(params, hidden)
+        wrong = jnp.argmax(said.logits, axis=-1) != inputs[1].mark
+        return hidden, wrong, jnp.square(point_process.expected_gap(said.intensity) - inputs[1].gap)
+
+    wrong, squares = [], []
+    for t in range(len(events.mark)):
+        hidden, *said = step(hidden, jax.tree.map(lambda leaf, t=t: leaf[t], (events, targets)))
+        wrong += said[0].tolist()
+        squares += said[1].tolist()
+    assert problem.measures is not None and len(wrong) == 16
+    found = problem.measures(params, problem.test)
+    assert found["0-1 loss"] == pytest.approx(np.mean(wrong))
+    assert found["1 RMSE(t)"] == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-4)
+    assert (np.asarray(events.time) == 0).all()

@@ -21,8 +21,17 @@ from typing import Any, Literal
 import jax
 
 from jtrunc.experiments.adaptive_figures import claims, figure_one, figure_three, print_table, scores
-from jtrunc.experiments.adaptive_runs import Method, Program, Training, compile_program, read_result, run
-from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, Experiment, Problem
+from jtrunc.experiments.adaptive_runs import (
+    Method,
+    Program,
+    Report,
+    Training,
+    compile_program,
+    compile_report,
+    read_result,
+    run,
+)
+from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, Experiment, Problem, Size
 from jtrunc.experiments.report import fresh_folder, progress, table, write_json
 from jtrunc.training.metrics import to_json
 
@@ -131,28 +140,45 @@ def paper_methods(config: Adaptive) -> list[Method]:
 def prepare(config: Adaptive) -> tuple[Experiment, Problem, Training]:
     """Settings and data, once a process."""
     experiment = EXPERIMENTS[config.task]
-    given = experiment.sizes[config.scale]
-    size = given._replace(**{name: getattr(config, name) or getattr(given, name) for name in given._fields})
-    problem = experiment.problem(size, config.data)
+    problem = experiment.problem(size_of(config), config.data)
     epochs = config.epochs or experiment.epochs[config.scale]
     every = config.estimate_every or jax.tree.leaves(problem.train)[0].shape[0]
     return experiment, problem, Training(epochs, config.clip, config.weight_decay, every)
 
 
 @cache
+def report_of(config: Adaptive) -> Report:
+    """What gradient norms say of K, compiled once a process for all methods."""
+    experiment, problem, _ = prepare(config)
+    return compile_report(experiment, problem)
+
+
+@cache
 def program_of(config: Adaptive, method: Method) -> Program:
     """A method's program, compiled once a process for all its seeds."""
     experiment, problem, training = prepare(config)
-    return compile_program(experiment, problem, method, training)
+    return compile_program(experiment, problem, method, training, report_of(config))
 
 
 def describe(config: Adaptive, training: Training) -> str:
-    """What the paper's text leaves open, as it is here."""
+    """The size and what the paper's text leaves open, as they are here."""
+    size, full = size_of(config), EXPERIMENTS[config.task].sizes["full"]
     clip = f"clipped at {config.clip:g}/K" if config.clip else "not clipped"
+    beside = "" if size == full else f" (the paper: {_sizes(full)})"
     return (
-        f"{training.epochs} epochs; gradients {clip}, weight decay {config.weight_decay:g}; K estimated every"
-        f" {training.estimate_every:,} steps of a stream"
+        f"{_sizes(size)}{beside}\n{training.epochs} epochs; gradients {clip}, weight decay"
+        f" {config.weight_decay:g}; K estimated every {training.estimate_every:,} steps of a stream"
     )
+
+
+def size_of(config: Adaptive) -> Size:
+    """The scale's size, with what the options change."""
+    given = EXPERIMENTS[config.task].sizes[config.scale]
+    return Size(*(getattr(config, name) or getattr(given, name) for name in Size._fields))
+
+
+def _sizes(size: Size) -> str:
+    return ", ".join(f"{name} {value or 'all'}" for name, value in zip(Size._fields, size, strict=True))
 
 
 def settings(config: Adaptive) -> dict[str, Any]:

@@ -38,6 +38,10 @@ DRAWS = 40
 """Single draws of the gradient norms that are kept for a picture."""
 
 
+Report = Callable[[Params, PyTree, PyTree, int], dict[str, jax.Array]]
+"""``(params, hidden, inputs, K) -> {name: array}``, see `norms_report`."""
+
+
 class Method(NamedTuple):
     """Fixed truncation of length K, or adaptive truncation with tolerance δ; the other is None."""
 
@@ -73,14 +77,14 @@ class Program(NamedTuple):
       init: ``key -> TrainState``.
       advance: ``(state, rows, until) -> (state, sums)``, updates until a timestep is reached.
       length: ``state -> K``, the present truncation length.
-      report: ``(params, hidden, inputs, K) -> {name: array}``, see `norms_report`.
+      report: what gradient norms say of K.
       stream: the training data.
     """
 
     init: Callable[[jax.Array], TrainState]
     advance: Callable[[TrainState, PyTree, int], tuple[TrainState, MetricSums]]
     length: Callable[[TrainState], int]
-    report: Callable[[Params, PyTree, PyTree, int], dict[str, jax.Array]]
+    report: Report
     stream: Stream
 
 
@@ -122,8 +126,15 @@ def optimizer_of(experiment: Experiment, method: Method, training: Training) -> 
     )
 
 
-def compile_program(experiment: Experiment, problem: Problem, method: Method, training: Training) -> Program:
-    """The compiled parts of all runs of a method."""
+def compile_report(experiment: Experiment, problem: Problem) -> Report:
+    """`norms_report` of a problem, compiled."""
+    return jax.jit(partial(norms_report, experiment, problem.model.system))
+
+
+def compile_program(
+    experiment: Experiment, problem: Problem, method: Method, training: Training, report: Report
+) -> Program:
+    """The compiled parts of all runs of a method; `report` from `compile_report` serves all methods."""
     estimator, window = estimator_of(experiment, method, problem.model.system, training.estimate_every)
     optimizer = optimizer_of(experiment, method, training)
     report_window = experiment.num_lags + experiment.num_times
@@ -131,16 +142,16 @@ def compile_program(experiment: Experiment, problem: Problem, method: Method, tr
     hidden = problem.model.initial_hidden(num_streams(problem))
 
     def init(key: jax.Array) -> TrainState:
-        return init_state(estimator, optimizer, problem.model.init, hidden, key)
+        return init_state(estimator, optimizer, jax.jit(problem.model.init), hidden, key)
 
     def length(state: TrainState) -> int:
         return int(state.estimator_state.chosen.length) if method.length is None else method.length
 
     return Program(
-        init=jax.jit(init),
+        init=init,
         advance=jax.jit(partial(_advance, estimator, optimizer, window, stream.length)),
         length=length,
-        report=jax.jit(partial(norms_report, experiment, problem.model.system)),
+        report=report,
         stream=stream,
     )
 
