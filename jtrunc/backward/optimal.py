@@ -57,6 +57,7 @@ def correlated(products: jax.Array) -> LagProducts:
     return LagProducts(jnp.log(largest), products / scale[None])
 
 
+@jax.jit
 def variance_rate(hazards: jax.Array, products: LagProducts) -> jax.Array:
     """V of the module's docstring for −log(1 − cᵢ), i = 1 … N, the last one ever after.
 
