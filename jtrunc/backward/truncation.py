@@ -122,6 +122,9 @@ def optimal(gradient_norms: Any, mean_length: float, *, products: Any = None) ->
     gradient, a step of the stream, if the contributions of the losses at different lags are uncorrelated
     (derived in `jtrunc.backward.optimal`; not in the papers). `products` adds their correlations. Any φ
     leaves the gradient unbiased; a φ that is wrong only leaves the variance higher than it could be.
+    Contributions do correlate: on trained LSTMs V is two to three times what φ alone predicts, under every
+    law, and the law fitted to φ alone still has 0.3 to 0.6 of the constant law's variance at L₀ = 16
+    (``benchmarks/papers/optimal_truncation.py``).
 
     Typically the law cuts most windows after their first step and lets the others run on for long: the
     factor that a gradient pays is then paid at the few steps before them. Choose a look-ahead with
