@@ -41,7 +41,7 @@ def printed(cell: Any, stream: str) -> str:
 
 def test_all_notebooks_are_found():
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i:02d}" for i in range(len(NOTEBOOKS))]
-    assert len(NOTEBOOKS) >= 4
+    assert len(NOTEBOOKS) >= 5
 
 
 @pytest.mark.slow
