@@ -180,6 +180,7 @@ def figure_one(experiment: Experiment, results: Results, path: Path) -> Path:
     left.set(ylabel=f"test {kind} at the best validation so far")
     centre.set(ylabel="truncation length K", yscale="log")
     right.set(ylabel="estimated relative bias Δ̂(K), dotted: δ", yscale="log", ylim=(1e-3, 1e2))
+    _plain_ticks(centre)
     if experiment.perplexity:
         left.set(yscale="log")
         _plain_ticks(left)
@@ -218,7 +219,7 @@ def figure_three(experiment: Experiment, results: Results, path: Path) -> Path:
     shown = {label: runs[0] for label, runs in results.items() if "norms" in runs[0]}
     columns = min(4, max(1, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    figure = Figure(figsize=(3.6 * columns, 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(max(3.6 * columns, 7.2), 3.0 * rows + 0.4), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (label, run) in zip(panels, shown.items(), strict=False):
         norms = run["norms"]
