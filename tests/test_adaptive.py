@@ -218,7 +218,7 @@ def test_an_update_with_an_estimate_chooses_what_the_diagnostics_choose():
     estimator = adaptive(case, initial_length=None, num_times=4)
     state = estimator.init(case.params, case.hidden)
     estimate, after = jax.jit(estimator.update)(case.params, state, case.window(0, 19))
-    norms = log_gradient_norms(*case._replace(inputs=case.window(0, 14)), 10, num_times=4)
+    norms = log_gradient_norms(*case._replace(inputs=case.window(0, 19)), 10, num_times=4)
     chosen = diagnostics.estimate_length(norms, 0.5, fit_from=9, min_length=1, max_length=9)
     assert [float(leaf) for leaf in chosen] == [float(leaf) for leaf in after.chosen]
     numbers = estimate.aux.diagnostics
@@ -257,6 +257,73 @@ def test_memory_does_not_grow_with_the_length_in_use():
         estimator = adaptive(case, max_length=longest)
         state = estimator.init(case.params, case.hidden)
         compiled = jax.jit(estimator.update).lower(case.params, state, case.window(0, look_ahead)).compile()
-        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        sizes.append(analysis.temp_size_in_bytes)
     states = 1500 * 2 * 16 * 8  # what storing h of every further step would take
     assert sizes[1] - sizes[0] < states
+
+
+def test_measurements_are_spread_over_the_look_ahead():
+    """A loss at every 16th step alone: consecutive times would meet none of them, and lose K for ever."""
+    case = decaying(200)
+    system = jtrunc.System(
+        lambda theta, hidden, x: (case.system.transition(theta, hidden[0], x), hidden[1] + 1),
+        lambda params, hidden, x: (jnp.where(hidden[1] % 16 == 0, hidden[0], 0.0), ()),
+    )
+    sparse = Case(system, case.params, (case.hidden, jnp.int32(0)), case.inputs)
+    options = {"num_lags": 12, "max_length": 9, "initial_length": None}
+    for num_times, length, num_read in ((1, 9, 13), (84, 6, 96)):
+        estimator = jtrunc.adaptive_bptt(system, 0.5, num_times=num_times, **options)
+        state = estimator.init(sparse.params, sparse.hidden)
+        estimate, _ = jax.jit(estimator.update)(sparse.params, state, sparse.window(0, 96))
+        assert int(estimate.aux.diagnostics["truncation_length"]) == length
+        assert int(estimate.aux.diagnostics["estimation_steps"]) == num_read
+
+
+def test_nothing_is_said_before_the_first_estimate():
+    case = decaying(40)
+    estimator = adaptive(case)
+    state = estimator.init(case.params, case.hidden)
+    numbers = jax.jit(estimator.update)(case.params, state, case.window(0, 19))[0].aux.diagnostics
+    assert np.isnan(numbers["decay_rate"]) and np.isnan(numbers["relative_bias"])
+    assert int(numbers["unbounded"]) == 0 and int(numbers["truncation_length"]) == 3
+
+
+@pytest.mark.slow
+def test_devices_with_lengths_of_their_own_add_up_their_averages(mesh):
+    """Eight streams, each with its own decay, so that each device has its own K and number of losses."""
+    inputs = jnp.tile(jnp.linspace(0.3, 0.9, 8), (40, 1))
+
+    def transition(theta: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
+        return inputs * hidden + theta
+
+    system = jtrunc.System(transition, lambda params, hidden, inputs: (hidden, ()))
+    estimator = jtrunc.adaptive_bptt(system, 0.2, num_lags=12, max_length=15)
+    params = jtrunc.Params(jnp.float64(1.0))
+
+    def update(params: jtrunc.Params, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        estimate, _ = estimator.update(params, estimator.init(params, jnp.float64(0)), inputs)
+        return estimate.grads.recurrent, estimate.num_steps
+
+    alone = [jax.jit(update)(params, inputs[:, b]) for b in range(8)]
+    assert len({int(length) for _, length in alone}) > 3
+    spread = jax.shard_map(
+        lambda params, inputs: update(params, inputs[:, 0])[0],
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P(None, "data")),
+        out_specs=jax.P(),
+    )
+    np.testing.assert_allclose(
+        jax.jit(spread)(params, inputs), sum(float(grad) for grad, _ in alone), rtol=1e-12
+    )
+
+
+def test_layers_without_float_leaves_have_no_norms():
+    system = jtrunc.System(
+        lambda theta, hidden, x: {"level": theta * hidden["level"] + x, "clock": hidden["clock"] + 1},
+        lambda params, hidden, x: (hidden["level"], ()),
+    )
+    hidden = {"level": jnp.float64(0), "clock": jnp.int32(0)}
+    norms = gradient_norms(system, jtrunc.Params(jnp.float64(0.5)), hidden, jnp.ones(3), 1, parts=by_layer)
+    assert {name: norm.tolist() for name, norm in norms.items()} == {"['level']": [[1.0, 0.5]]}

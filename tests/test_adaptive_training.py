@@ -141,7 +141,7 @@ def test_one_compilation_for_every_length_and_every_chunk() -> None:
     chosen = result.state.estimator_state.chosen
     assert int(chosen.length) == history["truncation_length"][-1]
     np.testing.assert_array_equal(history["relative_bias"][-1], chosen.relative_bias)
-    assert np.isposinf(history["relative_bias"][0]) and np.isfinite(history["relative_bias"][-1])
+    assert np.isnan(history["relative_bias"][0]) and np.isfinite(history["relative_bias"][-1])
     assert history["num_scored"].sum() == history["timestep"][-1] + result.state.estimator_state.look_back
     assert (np.flatnonzero(history["estimation_steps"]) == np.arange(3, 30, 3)).all()
 
@@ -163,7 +163,7 @@ def test_seeds_have_lengths_of_their_own_and_resume_bit_for_bit(tmp_path: Path, 
     assert_same(resumed.state, whole.state)
     assert_same(resumed.history, whole.history)
     texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("cut", "whole")]
-    assert texts[0] == texts[1] and "1e999" in texts[0]
+    assert texts[0] == texts[1] and "null" in texts[0]
 
 
 @pytest.mark.parametrize("name", ["adaptive-bptt:num-times=30", "adaptive-artbp:look-ahead=108"])

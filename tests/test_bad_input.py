@@ -105,6 +105,27 @@ LENGTHS = {
         ValueError,
         ("streams", "hidden"),
     ),
+    "optimal: mean length": Bad(
+        lambda: truncation.optimal([1.0, 1.0], 1e14),
+        ValueError,
+        ("mean_length", "100000000000000", "polynomial"),
+    ),
+    "variance: positions": Bad(
+        lambda: jtrunc.diagnostics.truncation_variance(truncation.polynomial(5000, 4), [1.0, 1.0]),
+        ValueError,
+        ("num_positions", "8192"),
+    ),
+    "norms: no floats": Bad(
+        lambda: jtrunc.diagnostics.gradient_norms(
+            System(lambda theta, h, x: h, lambda params, h, x: (jnp.sum(params.recurrent), ())),
+            CASE.params._replace(recurrent=jnp.ones(2)),
+            jnp.int32(0),
+            CASE.inputs,
+            2,
+        ),
+        ValueError,
+        ("hidden", "float"),
+    ),
     "norms: window": Bad(
         lambda: jtrunc.diagnostics.gradient_norms(*CASE, 6), ValueError, ("inputs", "6", "num_lags", "7")
     ),

@@ -524,3 +524,14 @@ def test_variances_sampled_on_a_trained_network_are_the_predicted_ones():
     assert abs(means["constant"] - float(truncation_variance(laws["constant"], norms))) > bars["constant"]
     assert predicted["products"] < predicted["optimal"] < 0.8 * predicted["polynomial"]
     assert means["optimal"] + bars["optimal"] < means["polynomial"] - bars["polynomial"]
+
+
+def test_lag_zero_and_the_unit_of_the_norms_do_not_matter():
+    """No cut lies at lag 0; 1e-20 squared is no number in float32."""
+    with jax.enable_x64(False):
+        expected = truncation.probabilities(truncation.optimal([1.0, 1.0, 1.0], 4.0), 3)
+        for norms in ([1e5, 1.0, 1.0], [1.0, 1e-25, 1e-25], [0.0, 1e-25, 1e-25]):
+            found = truncation.probabilities(truncation.optimal(norms, 4.0), 3)
+            np.testing.assert_allclose(found, expected, atol=2e-3)
+        traced = jax.jit(lambda norms: truncation.probabilities(truncation.optimal(norms, 4.0), 3))
+        assert np.isnan(traced(jnp.array([1.0, jnp.nan, 1.0]))).all()

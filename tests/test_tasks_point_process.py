@@ -269,6 +269,9 @@ BAD_SEQUENCES = {
     "one event": ([sequence(1.0)], 1, r"sequence 0 has times of shape \(1,\)"),
     "a mark too many": ([EventSequence(np.ones(2), np.zeros(3))], 1, r"marks of shape \(3,\)"),
     "not a number": ([sequence(0.0, math.nan, 1.0)], 1, "sequence 0: time nan of event 1"),
+    "an infinite time": ([sequence(0.0, math.inf)], 1, "sequence 0: time inf of event 1"),
+    "half a mark": ([EventSequence(np.arange(2.0), np.array([0.5, 1.7]))], 1, "marks must be integers"),
+    "a negative mark": ([EventSequence(np.arange(2.0), np.array([0, -1]))], 1, "marks must be integers"),
     "too many streams": ([sequence(0.0, 1.0)], 2, "num_streams = 2 needs at least as many steps"),
     "no sequence": ([], 1, "the 0 sequences have 0"),
 }

@@ -71,7 +71,9 @@ def adaptive_bptt(
     Algorithm 1 of the adaptive truncation paper (Aicher, Foti & Fox 2019), eq. 18 to 25 with errata 8 to 12.
     K is data: it is estimated anew every `estimate_every` updates (or steps of the stream: an epoch is
     ``estimate_every=len(data), unit="steps"``) inside the compiled program, which is compiled once for all K.
-    Where the norms do not decay (β̂ ≥ 1), or no K satisfies δ, K is `max_length` and `unbounded` is 1.
+    Where the norms do not decay (β̂ ≥ 1), are all zero, or no K satisfies δ, K is `max_length` and `unbounded`
+    is 1. A reset within the window ends the memory there, as it ends the gradient's. `per_stream` runs every
+    estimate at every update and selects: for B streams put the batch axis inside the system, and `streams`.
 
     Biased, by less than δ of the gradient as far as the estimate goes: Ĝ stands for the gradient's norm and
     is an upper stand-in, so δ is a target and no guarantee (errata 11). `jtrunc.diagnostics` has the pieces.
@@ -95,15 +97,16 @@ def adaptive_bptt(
       method, quantile: how β̂ is fitted, see `diagnostics.log_decay_rate`.
       over: the maximum over k ≤ K (the paper's) or over the whole window (closer where δ is large), see
         `diagnostics.relative_bias`.
-      num_times: losses of the window that an estimate follows back; for a single stream, take more than one.
+      num_times: losses that an estimate follows back, spread over the look-ahead; for a single stream, or a
+        loss that is zero at most steps, take more than one, and a longer look-ahead.
       streams: whether the leading axis of `hidden` is a batch of streams, each a sample of its own.
       weighted: norms weighted by ∂F/∂θ, see `diagnostics.log_gradient_norms`.
       average: False leaves the sum of the gradients.
 
     Returns:
-      A `GradientEstimator`. Diagnostics: `truncation_length` (K), `relative_bias` (Δ̂, inf where unknown),
-      `decay_rate` (β̂), `unbounded`, `num_scored`, and `estimation_steps`, the steps of the stream that an
-      estimate has read in this update (0 in most).
+      A `GradientEstimator`. Diagnostics: `truncation_length` (K); `relative_bias` (Δ̂, inf where there is no
+      bound) and `decay_rate` (β̂), both nan before the first estimate; `unbounded`; `num_scored`; and
+      `estimation_steps`, the steps of the stream that an estimate has read in this update (0 in most).
 
     Raises:
       TypeError, ValueError: δ ≤ 0, sizes that are no positive integers or out of order, an unknown method, a
@@ -153,9 +156,9 @@ def adaptive_bptt(
         check_key("adaptive_bptt", key, random=False)
         unknown = LengthEstimate(
             length=jnp.int32(initial_length or max_length),
-            bounded=jnp.asarray(False),
-            decay_rate=jnp.ones((), float),
-            relative_bias=jnp.full((), jnp.inf, float),
+            bounded=jnp.asarray(True),
+            decay_rate=jnp.full((), jnp.nan, float),
+            relative_bias=jnp.full((), jnp.nan, float),
         )
         countdown = jnp.int32(0 if initial_length is None else estimate_every)
         return AdaptiveBpttState(strongly_typed(hidden), jnp.int32(0), unknown, countdown)
@@ -175,10 +178,10 @@ def adaptive_bptt(
         boundaries = _window_of(chosen.length, state.look_back, look_ahead)
         parts = window_parts(system, params, state.hidden, inputs)
         window = dynamic_window(parts, state.hidden, inputs, vary(boundaries, anchored))
-        (grads,) = pull_vary(window.grads)
-        num_scored = boundaries.stop - state.look_back
-        if average:
+        num_scored, grads = boundaries.stop - state.look_back, window.grads
+        if average:  # before devices are summed, which may each have a K of their own
             grads = jax.tree.map(lambda grad: grad / num_scored.astype(grad.real.dtype), grads)
+        (grads,) = pull_vary(grads)
         diagnostics = {
             "truncation_length": chosen.length,
             "relative_bias": chosen.relative_bias,
@@ -189,11 +192,12 @@ def adaptive_bptt(
         }
         num_steps: jax.Array = boundaries.mark  # pyright: ignore[reportAssignmentType]
         passed = num_steps if unit == "steps" else 1
+        estimated = estimation_steps > 0
         state = AdaptiveBpttState(
             hidden=window.hidden,
             look_back=boundaries.stop - num_steps,
             chosen=chosen,
-            countdown=jnp.where(estimation_steps > 0, estimate_every, state.countdown) - passed,
+            countdown=state.countdown + jnp.where(estimated, estimate_every, 0) - passed,
         )
         return Estimate(window.loss, grads, num_steps, Aux(window.aux, diagnostics)), state
 
@@ -214,11 +218,12 @@ def _choose(
     system: System, schedule: _Schedule, params: Params, state: AdaptiveBpttState, inputs: PyTree
 ) -> tuple[LengthEstimate, jax.Array]:
     """K for this update, from a new estimate when one is due, and the steps that it has read."""
-    num_steps = schedule.num_lags + schedule.num_times
+    # One loss needs no more than its own look-back; several are spread over all of the look-ahead.
+    num_steps = schedule.num_lags + 1 if schedule.num_times == 1 else num_time_steps(inputs)
     like = state.chosen
 
     def estimate() -> tuple[LengthEstimate, jax.Array]:
-        window, _ = split_at(inputs, min(num_steps, num_time_steps(inputs)))
+        window, _ = split_at(inputs, num_steps)
         norms = log_gradient_norms(
             system, params, state.hidden, window, schedule.num_lags, **schedule.measure
         )

@@ -13,7 +13,7 @@ from jtrunc.backward.optimal import optimal_probabilities, table_size, uncorrela
 from jtrunc.backward.truncation import (
     Truncation,
     check_law,
-    check_mean_length,
+    check_optimal_length,
     polynomial,
     probabilities,
     tabulated,
@@ -117,7 +117,7 @@ def adaptive_artbp(
       [0.38, 0.21, 0.21]
     """
     check_system("adaptive_artbp", system)
-    check_mean_length("adaptive_artbp", mean_length)
+    check_optimal_length("adaptive_artbp", mean_length)
     sizes = {"num_lags": num_lags, "estimate_every": estimate_every, "num_times": num_times}
     for name, value in sizes.items():
         check_size("adaptive_artbp", name, value)

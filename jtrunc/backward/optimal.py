@@ -103,8 +103,9 @@ def optimal_probabilities(products: LagProducts, length: jax.Array) -> jax.Array
     where a single lag carries everything). Where no lag carries anything the law is constant.
     """
     length = jnp.asarray(length, products.rows.dtype)
-    largest = jnp.max(products.log_scale[1:], initial=-jnp.inf)
-    products = products._replace(log_scale=products.log_scale - jnp.where(largest > -jnp.inf, largest, 0.0))
+    log_scale = products.log_scale.at[0].set(-jnp.inf)  # no cut lies at lag 0: it adds nothing but rounding
+    largest = jnp.max(log_scale)
+    products = products._replace(log_scale=log_scale - jnp.where(largest > -jnp.inf, largest, 0.0))
     start, scale = _best_of_two_rates(products, length)
 
     def relative_rate(y: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ Laws are parts: `artbp`, `online_artbp` and `scan` take any of them.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -153,13 +154,20 @@ def optimal(gradient_norms: Any, mean_length: float, *, products: Any = None) ->
       >>> [round(c, 2) for c in probabilities(optimal([1.0, 1.0, 1.0], 4.0), 4).tolist()]
       [0.45, 0.02, 0.28, 0.17]
     """
-    check_mean_length("truncation.optimal", mean_length)
+    check_optimal_length("truncation.optimal", mean_length)
     norms = check_norms("truncation.optimal", gradient_norms)
     if products is None:
-        squares = jnp.log(jnp.mean((norms / norms.max()) ** 2, axis=0))
-        return tabulated(optimal_probabilities(uncorrelated(squares), jnp.asarray(mean_length, norms.dtype)))
-    products = check_products("truncation.optimal", products, norms.shape[1])
-    return tabulated(optimal_probabilities(correlated(products), jnp.asarray(mean_length, norms.dtype)))
+        found = uncorrelated(log_mean_square(norms))
+    else:
+        found = correlated(check_products("truncation.optimal", products, norms.shape[1]))
+    table = optimal_probabilities(found, jnp.asarray(mean_length, norms.dtype))
+    # Traced norms could not be refused: a law of nan shows in the gradient.
+    return tabulated(jnp.where(jnp.all(jnp.isfinite(norms) & (norms >= 0)), table, jnp.nan))
+
+
+def log_mean_square(norms: jax.Array) -> jax.Array:
+    """log of the mean of φ² over samples, (R + 1,), in any unit: squares neither underflow nor overflow."""
+    return jax.nn.logsumexp(2 * jnp.log(norms), axis=0) - math.log(norms.shape[0])
 
 
 def tabulated(probabilities: Any) -> Truncation:
@@ -314,6 +322,17 @@ def check_mean_length(owner: str, mean_length: Any) -> None:
     if _is_number(owner, "mean_length", mean_length) and not 1.0 < mean_length < float("inf"):
         raise ValueError(
             f"{owner}: `mean_length` must be finite and exceed 1, not {mean_length}; at 1 every step is cut"
+        )
+
+
+def check_optimal_length(owner: str, mean_length: Any) -> None:
+    """A mean length that the minimisation can keep in the present precision, or a clear error."""
+    check_mean_length(owner, mean_length)
+    most = 1e-3 / float(jnp.finfo(jnp.result_type(float)).eps)
+    if is_concrete(mean_length) and mean_length > most:
+        raise ValueError(
+            f"{owner}: `mean_length` {mean_length} exceeds {most:.3g}, beyond which rounding decides in "
+            "this precision; enable 64 bits, or take truncation.polynomial"
         )
 
 

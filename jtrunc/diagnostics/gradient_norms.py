@@ -83,7 +83,7 @@ def log_gradient_norms(
         no parameter moves count for nothing (section 5.4 proposes such a norm). With `streams`, B times the
         cost.
       parts: a function from a tree like `hidden` (like ``params.recurrent`` if `weighted`) to a dict of
-        trees, such as `by_leaf` and `by_layer`: norms of each, in a dict.
+        trees, such as `by_leaf` and `by_layer`: norms of each that has float leaves, in a dict.
 
     Returns:
       (num_times · B, R + 1), a row a sample, or a dict of such arrays.
@@ -106,6 +106,10 @@ def log_gradient_norms(
     length = check_step(system, params, hidden, inputs)
     check_size("log_gradient_norms", "num_lags", num_lags)
     check_size("log_gradient_norms", "num_times", num_times)
+    if not _has_floats(hidden):
+        raise ValueError(
+            "log_gradient_norms: `hidden` has no float leaves, so that no gradient flows through it"
+        )
     if length < num_lags + num_times:
         raise ValueError(
             f"log_gradient_norms: `inputs` has {length} steps, too few to follow {num_times} losses "
@@ -257,7 +261,11 @@ def _by_part(measure: _Measure, tree: PyTree, batched: bool) -> Any:
             f"log_gradient_norms: `parts` must return a dict of trees by name, not {type(parts).__name__}; "
             "jtrunc.diagnostics.by_leaf and by_layer are two"
         )
-    return {name: _log_norm(part, batched) for name, part in parts.items()}
+    return {name: _log_norm(part, batched) for name, part in parts.items() if _has_floats(part)}
+
+
+def _has_floats(tree: PyTree) -> bool:
+    return any(is_inexact(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _log_norm(tree: PyTree, batched: bool) -> jax.Array:

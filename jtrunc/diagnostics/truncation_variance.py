@@ -13,14 +13,19 @@ from jtrunc.backward.truncation import (
     check_law,
     check_norms,
     check_products,
+    log_mean_square,
     probabilities,
+    survival,
 )
 from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_size, check_step, check_system
-from jtrunc.trees import partition_inexact
+from jtrunc.trees import is_concrete, partition_inexact
 
 NUM_POSITIONS = 8192
 """Steps of a window over which a law is tabulated; it is taken as constant beyond."""
+
+MOST_LEFT_OUT = 1e-2
+"""Of the windows of a law, the largest share that may be longer than that."""
 
 
 def truncation_variance(
@@ -44,11 +49,11 @@ def truncation_variance(
       num_positions: steps of a window over which the law is tabulated.
 
     Returns:
-      V, scalar; inf where it overflows.
+      V, scalar; inf or 0 where the dtype cannot hold it.
 
     Raises:
-      TypeError, ValueError: no law, a law that reads the hidden state or is given for some boundaries, bad
-        norms or products, as in `truncation.optimal`.
+      TypeError, ValueError: no law, a law that reads the hidden state or is given for some boundaries, or
+        whose windows often outlast `num_positions`; bad norms or products, as in `truncation.optimal`.
 
     Example: c = 1/4 and two lags.
 
@@ -62,12 +67,20 @@ def truncation_variance(
         raise ValueError("truncation_variance: `law` is given for the boundaries of one stream; use a law")
     norms = check_norms("truncation_variance", gradient_norms)
     if products is None:
-        moments = uncorrelated(jnp.log(jnp.mean(norms**2, axis=0)))
+        moments = uncorrelated(log_mean_square(norms))
     else:
         moments = correlated(check_products("truncation_variance", products, norms.shape[1]))
     if not law.random:
         return jnp.zeros((), norms.dtype)
-    return variance_rate(-jnp.log1p(-probabilities(law, num_positions)), moments)
+    left_out = survival(law, num_positions)[-1]
+    # A constant law is tabulated exactly by any number of positions.
+    table = probabilities(law, num_positions)
+    if is_concrete(left_out) and left_out > MOST_LEFT_OUT and bool((table != table[-1]).any()):
+        raise ValueError(
+            f"truncation_variance: {float(left_out):.1g} of the windows outlast `num_positions` = "
+            f"{num_positions} steps, behind which the law counts as constant; give more positions"
+        )
+    return variance_rate(-jnp.log1p(-table), moments)
 
 
 def lag_products(system: System, params: Params, hidden: PyTree, inputs: PyTree, num_lags: int) -> jax.Array:

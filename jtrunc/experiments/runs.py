@@ -28,7 +28,7 @@ class Setup:
     """What runs share that are to be compared."""
 
     task: str = "characters"
-    """characters, penn-treebank, copy or brackets, with options: copy:longest=20 (see `jtrunc list`)."""
+    """characters, words, copy, anbn, ... (`jtrunc list` has all), with options: copy:longest=20."""
     data: Path | None = None
     """Text file or folder of text files to learn from; without it `characters` reads Python's own library."""
     cell: str = "lstm:width=128"

@@ -84,8 +84,9 @@ def lanes(sequences: Sequence[EventSequence], num_streams: int) -> Lanes:
       `Lanes`. A stream that begins inside a sequence begins with a reset too.
 
     Raises:
-      TypeError: if the number of streams is not a whole number.
-      ValueError: if there are too few events, or times and marks of a sequence do not match or decrease.
+      TypeError: if the number of streams is not a whole number, or there is no list of sequences.
+      ValueError: if there are too few events, times and marks of a sequence do not match, times decrease or
+        are not finite, or marks are no integers from 0 on.
 
     Example: a sequence of three events and one of four, 2 + 3 steps, in two streams of two.
 
@@ -98,6 +99,8 @@ def lanes(sequences: Sequence[EventSequence], num_streams: int) -> Lanes:
       ([[1, 1], [0, 0]], [[True, True], [False, False]])
     """
     num_streams = require_count("num_streams", num_streams)
+    if isinstance(sequences, EventSequence):
+        raise TypeError("sequences is one EventSequence; put it into a list")
     steps = [_steps(index, sequence) for index, sequence in enumerate(sequences)]
     num_steps = sum(len(step.resets) for step in steps) // num_streams
     if num_steps < 1:
@@ -123,6 +126,13 @@ def _steps(index: int, sequence: EventSequence) -> Lanes:
             f"sequence {index} has times of shape {times.shape} and marks of shape {marks.shape}; give one"
             " of each for every event, and at least two events"
         )
+    if not np.isfinite(times).all():
+        where = int(np.argmin(np.isfinite(times)))
+        raise ValueError(
+            f"sequence {index}: time {times[where]} of event {where} is not finite; leave such events out"
+        )
+    if not np.issubdtype(marks.dtype, np.integer) or marks.min() < 0:
+        raise ValueError(f"sequence {index}: marks must be integers from 0 on, not {marks.dtype} {marks[:5]}")
     gaps = np.diff(times, prepend=0.0)
     if not (gaps >= 0).all():
         where = int(np.argmax(~(gaps >= 0)))
