@@ -235,6 +235,8 @@ def figure_three(experiment: Experiment, results: Results, path: Path) -> Path:
         axes.set(title=f"{label}: decay {norms['decay_rate']:.3f} a step")
     for axes in panels[-columns:]:
         axes.set(xlabel="lag k")
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
     panels[0].set(ylabel="norm of ∂ℓₛ/∂hₛ₋ₖ")
     figure.suptitle(f"{experiment.title}: grey: single draws, blue: mean, red: fitted decay")
     figure.savefig(path, dpi=150)
