@@ -33,13 +33,16 @@ class AdaptiveBpttState(NamedTuple):
     countdown: jax.Array
 
 
-class _Schedule(NamedTuple):
-    """How often K is estimated, from how much, and how."""
+class _Options(NamedTuple):
+    """The checked options of `adaptive_bptt`: how often K is estimated, from what, and how."""
 
-    every: int
-    unit: Literal["updates", "steps"]
+    estimate_every: int
+    unit: str
     num_lags: int
     num_times: int
+    initial_length: int | None
+    max_length: int
+    average: bool
     measure: dict[str, Any]
     fit: dict[str, Any]
 
@@ -125,83 +128,98 @@ def adaptive_bptt(
       (3, 3)
     """
     check_system("adaptive_bptt", system)
-    sizes = {"num_lags": num_lags, "min_length": min_length, "max_length": max_length,
-             "estimate_every": estimate_every, "num_times": num_times}  # fmt: skip
-    for name, value in sizes.items():
-        check_size("adaptive_bptt", name, value)
-    if initial_length is not None and not (
-        min_length <= check_size("adaptive_bptt", "initial_length", initial_length) <= max_length
-    ):
-        raise ValueError(
-            f"adaptive_bptt: `initial_length` {initial_length} lies outside `min_length` {min_length} … "
-            f"`max_length` {max_length}"
-        )
-    if unit not in ("updates", "steps"):
-        raise ValueError(f'adaptive_bptt: `unit` must be "updates" or "steps", not {unit!r}')
-    fit = {
-        "tolerance": tolerance,
-        "fit_from": int(0.9 * num_lags) if fit_from is None else fit_from,
-        "min_length": min_length,
-        "max_length": max_length,
-        "method": method,
-        "quantile": quantile,
-        "over": over,
-    }
-    measure = {"num_times": num_times, "streams": streams, "weighted": weighted}
-    schedule = _Schedule(estimate_every, unit, num_lags, num_times, measure, fit)
-    estimate_length(jnp.zeros((1, num_lags + 1)), **fit)  # a wrong option is an error here, not at `update`
+    fit = {"tolerance": tolerance, "min_length": min_length, "max_length": max_length, "method": method,
+           "quantile": quantile, "over": over}  # fmt: skip
+    options = _Options(
+        estimate_every, unit, num_lags, num_times, initial_length, max_length, average,
+        measure={"num_times": num_times, "streams": streams, "weighted": weighted},
+        fit=fit | {"fit_from": int(0.9 * num_lags) if fit_from is None else fit_from},
+    )  # fmt: skip
+    _check(options)
 
     def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> AdaptiveBpttState:
         check_params(params)
         check_key("adaptive_bptt", key, random=False)
-        unknown = LengthEstimate(
-            length=jnp.int32(initial_length or max_length),
-            bounded=jnp.asarray(True),
-            decay_rate=jnp.full((), jnp.nan, float),
-            relative_bias=jnp.full((), jnp.nan, float),
-        )
-        countdown = jnp.int32(0 if initial_length is None else estimate_every)
-        return AdaptiveBpttState(strongly_typed(hidden), jnp.int32(0), unknown, countdown)
+        return _first_state(options, hidden)
 
-    def update(params: Params, state: AdaptiveBpttState, inputs: PyTree) -> tuple[Estimate, Any]:
-        look_ahead = check_step(system, params, state.hidden, inputs)
-        needed = max(2 * max_length + 1, num_lags + num_times)
-        if look_ahead < needed:
-            raise ValueError(
-                f"adaptive_bptt: `inputs` has {look_ahead} steps; an update reads a look-ahead of "
-                f"max(2 max_length + 1, num_lags + num_times) = {needed}, whatever K is"
-            )
-        anchored = anchor(params, state, inputs)
-        params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
-        state, inputs = vary((state, inputs), anchored)
-        chosen, estimation_steps = _choose(system, schedule, params, state, inputs)
-        boundaries = _window_of(chosen.length, state.look_back, look_ahead)
-        parts = window_parts(system, params, state.hidden, inputs)
-        window = dynamic_window(parts, state.hidden, inputs, vary(boundaries, anchored))
-        num_scored, grads = boundaries.stop - state.look_back, window.grads
-        if average:  # before devices are summed, which may each have a K of their own
-            grads = jax.tree.map(lambda grad: grad / num_scored.astype(grad.real.dtype), grads)
-        (grads,) = pull_vary(grads)
-        diagnostics = {
-            "truncation_length": chosen.length,
-            "relative_bias": chosen.relative_bias,
-            "decay_rate": chosen.decay_rate,
-            "unbounded": (~chosen.bounded).astype(jnp.int32),
-            "num_scored": num_scored,
-            "estimation_steps": estimation_steps,
-        }
-        num_steps: jax.Array = boundaries.mark  # pyright: ignore[reportAssignmentType]
-        passed = num_steps if unit == "steps" else 1
-        estimated = estimation_steps > 0
-        state = AdaptiveBpttState(
-            hidden=window.hidden,
-            look_back=boundaries.stop - num_steps,
-            chosen=chosen,
-            countdown=state.countdown + jnp.where(estimated, estimate_every, 0) - passed,
-        )
-        return Estimate(window.loss, grads, num_steps, Aux(window.aux, diagnostics)), state
+    def update(
+        params: Params, state: AdaptiveBpttState, inputs: PyTree
+    ) -> tuple[Estimate, AdaptiveBpttState]:
+        return _update(system, options, params, state, inputs)
 
     return GradientEstimator(init, update)
+
+
+def _check(options: _Options) -> None:
+    """A wrong option is an error where the estimator is made, not at its first update."""
+    sizes = {
+        "num_lags": options.num_lags,
+        "min_length": options.fit["min_length"],
+        "max_length": options.max_length,
+        "estimate_every": options.estimate_every,
+        "num_times": options.num_times,
+    }
+    for name, value in sizes.items():
+        check_size("adaptive_bptt", name, value)
+    if options.unit not in ("updates", "steps"):
+        raise ValueError(f'adaptive_bptt: `unit` must be "updates" or "steps", not {options.unit!r}')
+    first, least, most = options.initial_length, options.fit["min_length"], options.max_length
+    if first is not None and not least <= check_size("adaptive_bptt", "initial_length", first) <= most:
+        raise ValueError(
+            f"adaptive_bptt: `initial_length` {first} lies outside `min_length` {least} … `max_length` {most}"
+        )
+    estimate_length(jnp.zeros((1, options.num_lags + 1)), **options.fit)
+
+
+def _first_state(options: _Options, hidden: PyTree) -> AdaptiveBpttState:
+    unknown = LengthEstimate(
+        length=jnp.int32(options.initial_length or options.max_length),
+        bounded=jnp.asarray(True),
+        decay_rate=jnp.full((), jnp.nan, float),
+        relative_bias=jnp.full((), jnp.nan, float),
+    )
+    countdown = jnp.int32(0 if options.initial_length is None else options.estimate_every)
+    return AdaptiveBpttState(strongly_typed(hidden), jnp.int32(0), unknown, countdown)
+
+
+def _update(
+    system: System, options: _Options, params: Params, state: AdaptiveBpttState, inputs: PyTree
+) -> tuple[Estimate, AdaptiveBpttState]:
+    look_ahead = check_step(system, params, state.hidden, inputs)
+    needed = max(2 * options.max_length + 1, options.num_lags + options.num_times)
+    if look_ahead < needed:
+        raise ValueError(
+            f"adaptive_bptt: `inputs` has {look_ahead} steps; an update reads a look-ahead of "
+            f"max(2 max_length + 1, num_lags + num_times) = {needed}, whatever K is"
+        )
+    anchored = anchor(params, state, inputs)
+    params, pull_vary = jax.vjp(lambda params: vary(params, anchored), params)
+    state, inputs = vary((state, inputs), anchored)
+    chosen, estimation_steps = _choose(system, options, params, state, inputs)
+    boundaries = _window_of(chosen.length, state.look_back, look_ahead)
+    parts = window_parts(system, params, state.hidden, inputs)
+    window = dynamic_window(parts, state.hidden, inputs, vary(boundaries, anchored))
+    num_scored, grads = boundaries.stop - state.look_back, window.grads
+    if options.average:  # before devices are summed, which may each have a K of their own
+        grads = jax.tree.map(lambda grad: grad / num_scored.astype(grad.real.dtype), grads)
+    (grads,) = pull_vary(grads)
+    diagnostics = {
+        "truncation_length": chosen.length,
+        "relative_bias": chosen.relative_bias,
+        "decay_rate": chosen.decay_rate,
+        "unbounded": (~chosen.bounded).astype(jnp.int32),
+        "num_scored": num_scored,
+        "estimation_steps": estimation_steps,
+    }
+    num_steps: jax.Array = boundaries.mark  # pyright: ignore[reportAssignmentType]
+    refill = jnp.where(estimation_steps > 0, options.estimate_every, 0)
+    new_state = AdaptiveBpttState(
+        hidden=window.hidden,
+        look_back=boundaries.stop - num_steps,
+        chosen=chosen,
+        countdown=state.countdown + refill - (num_steps if options.unit == "steps" else 1),
+    )
+    return Estimate(window.loss, grads, num_steps, Aux(window.aux, diagnostics)), new_state
 
 
 def _window_of(length: jax.Array, look_back: jax.Array, look_ahead: int) -> Boundaries:
@@ -215,19 +233,17 @@ def _window_of(length: jax.Array, look_back: jax.Array, look_ahead: int) -> Boun
 
 
 def _choose(
-    system: System, schedule: _Schedule, params: Params, state: AdaptiveBpttState, inputs: PyTree
+    system: System, options: _Options, params: Params, state: AdaptiveBpttState, inputs: PyTree
 ) -> tuple[LengthEstimate, jax.Array]:
     """K for this update, from a new estimate when one is due, and the steps that it has read."""
     # One loss needs no more than its own look-back; several are spread over all of the look-ahead.
-    num_steps = schedule.num_lags + 1 if schedule.num_times == 1 else num_time_steps(inputs)
+    num_steps = options.num_lags + 1 if options.num_times == 1 else num_time_steps(inputs)
     like = state.chosen
 
     def estimate() -> tuple[LengthEstimate, jax.Array]:
         window, _ = split_at(inputs, num_steps)
-        norms = log_gradient_norms(
-            system, params, state.hidden, window, schedule.num_lags, **schedule.measure
-        )
-        found = estimate_length(norms, **schedule.fit)
+        norms = log_gradient_norms(system, params, state.hidden, window, options.num_lags, **options.measure)
+        found = estimate_length(norms, **options.fit)
         found = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), found, like)
         return found, jnp.int32(num_steps)
 

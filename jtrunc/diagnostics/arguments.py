@@ -13,6 +13,7 @@ from jtrunc.trees import is_concrete, wide_dtype
 
 
 def check_samples(owner: str, log_norms: Any) -> jax.Array:
+    """Log norms of samples, (N, R + 1), or a clear error."""
     log_norms = check_float(owner, "log_norms", log_norms)
     if log_norms.ndim != 2 or 0 in log_norms.shape:
         raise ValueError(
@@ -23,6 +24,7 @@ def check_samples(owner: str, log_norms: Any) -> jax.Array:
 
 
 def check_curve(owner: str, curve: Any, name: str = "curve") -> jax.Array:
+    """One value for each lag, (R + 1,), or a clear error."""
     curve = check_float(owner, name, curve)
     if curve.ndim != 1 or len(curve) == 0:
         raise ValueError(
@@ -33,6 +35,7 @@ def check_curve(owner: str, curve: Any, name: str = "curve") -> jax.Array:
 
 
 def check_float(owner: str, name: str, value: Any) -> jax.Array:
+    """A floating array, at least 32 bits wide, or a clear error."""
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         shown = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"{owner}: `{name}` must be a floating array of logarithms, not {shown}")
@@ -40,6 +43,7 @@ def check_float(owner: str, name: str, value: Any) -> jax.Array:
 
 
 def check_lag(owner: str, fit_from: Any, count: int) -> None:
+    """An integer lag inside the window, or a clear error."""
     if isinstance(fit_from, bool) or not isinstance(fit_from, (int, np.integer)):
         raise TypeError(
             f"{owner}: `fit_from` must be a lag, an integer, not {fit_from!r} ({type(fit_from).__name__})"
@@ -49,11 +53,13 @@ def check_lag(owner: str, fit_from: Any, count: int) -> None:
 
 
 def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of the known words, or a clear error."""
     if value not in choices:
         raise ValueError(f"{owner}: `{name}` must be one of {', '.join(choices)}, not {value!r}")
 
 
 def check_fraction(owner: str, name: str, value: Any) -> None:
+    """A number in (0, 1), or a clear error."""
     if isinstance(value, bool) or not isinstance(value, (float, int, np.floating)):
         raise TypeError(f"{owner}: `{name}` must be a number, not {value!r}")
     if not 0 < value < 1:
