@@ -233,11 +233,16 @@ def run_all(
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(config.jobs, context, _take_core, (counter,)) as pool:
-        futures = {pool.submit(run_one, config, *pair): pair for pair in pairs}
-        for future in as_completed(futures):
-            method, seed = futures[future]
-            advance(prepare(config)[2].epochs)
-            yield f"{method.label}, seed {seed}", future.result()
+        try:
+            futures = {pool.submit(run_one, config, *pair): pair for pair in pairs}
+            for future in as_completed(futures):
+                method, seed = futures[future]
+                advance(prepare(config)[2].epochs)
+                yield f"{method.label}, seed {seed}", future.result()
+        except BaseException:  # Ctrl-C too: the pool would wait for all runs; what they saved stays
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _take_core(counter: Any) -> None:
