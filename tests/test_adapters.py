@@ -36,6 +36,8 @@ from tests.flax_cases import (
     squared_error,
 )
 
+pytestmark = pytest.mark.slow  # nearly all of its time is compilation
+
 
 def carry_of(hidden: Any) -> Any:
     """flax's carry in a hidden state of ours, which may keep the output beside it."""

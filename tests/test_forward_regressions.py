@@ -15,6 +15,8 @@ from jtrunc import Params, System
 from jtrunc.structure import Affine, Structure, transition_of
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow  # nearly all of its time is compilation
+
 FAMILY: dict[str, Callable[[System], Any]] = {
     "rtrl": jtrunc.rtrl,
     "snap": lambda system: jtrunc.snap(system, 2),

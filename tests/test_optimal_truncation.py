@@ -29,6 +29,8 @@ from tests.compare import add, assert_close, differ
 from tests.reference import to_vector
 from tests.systems import Case
 
+pytestmark = pytest.mark.slow  # nearly all of its time is compilation
+
 LAGS = 40
 NORMS = {
     "slow": 0.95 ** np.arange(LAGS + 1),
