@@ -5,6 +5,7 @@ from types import ModuleType
 
 from jtrunc import cells as cells
 from jtrunc import diagnostics as diagnostics
+from jtrunc import targets as targets
 from jtrunc.backward import truncation as truncation
 from jtrunc.backward.adaptive import adaptive_bptt as adaptive_bptt
 from jtrunc.backward.adaptive_artbp import adaptive_artbp as adaptive_artbp
@@ -33,6 +34,7 @@ from jtrunc.forward.noise import rademacher as rademacher
 from jtrunc.forward.rtrl import rtrl as rtrl
 from jtrunc.forward.snap import snap as snap
 from jtrunc.forward.uoro import uoro as uoro
+from jtrunc.targets.propagation import target_propagation as target_propagation
 
 _ON_DEMAND = ("adapters", "optimizers", "tasks", "training")
 

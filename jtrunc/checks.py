@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,14 @@ def check_size(owner: str, name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{owner}: `{name}` must be at least 1, not {value}")
     return int(value)
+
+
+def check_choice(owner: str, name: str, value: Any, choices: Any) -> None:
+    """One of the names of a `Literal`, or a ValueError."""
+    known = get_args(choices)
+    if value not in known:
+        shown = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+        raise ValueError(f"{owner}: `{name}` must be {shown}, not {value!r}")
 
 
 def check_system(owner: str, system: Any) -> System:

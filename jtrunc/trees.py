@@ -48,6 +48,22 @@ def partition_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax
     return [leaf for leaf, carries in zip(leaves, inexact, strict=True) if carries], restore
 
 
+def inexact_part(tree: PyTree) -> PyTree:
+    """The tree with None in the place of every leaf that carries no gradient.
+
+    Example:
+
+      >>> inexact_part({"h": 1.0, "count": 3})
+      {'count': None, 'h': 1.0}
+    """
+    return jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
+
+
+def with_inexact_part(tree: PyTree, part: PyTree) -> PyTree:
+    """The tree with its float leaves replaced by those of `part`."""
+    return partition_inexact(tree)[1](jax.tree.leaves(part))
+
+
 def select(condition: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     """`on_true` where a scalar condition holds, else `on_false`, leaf by leaf; key leaves too."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)

@@ -115,7 +115,7 @@ def weighted_unroll(
         steps, edges = jax.tree.map(lambda leaf, i=start, j=stop: leaf[i:j], (inputs, window.edges))
         runs = system if start >= first_scored else _without_loss(system)
         if start < window.unreached:
-            hidden = _run_only(system, jax.lax.stop_gradient(params), hidden, steps)
+            hidden = run_only(system, jax.lax.stop_gradient(params), hidden, steps)
         else:
             hidden, out = _segmented(runs, params, hidden, steps, edges, window.segment)
             scored += [out] if start >= first_scored else []
@@ -124,7 +124,9 @@ def weighted_unroll(
     return marked, concatenate(scored)
 
 
-def _run_only(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> PyTree:
+def run_only(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> PyTree:
+    """The hidden state after all steps of `inputs`; no loss is computed."""
+
     def step(hidden: PyTree, inputs_t: PyTree) -> tuple[PyTree, None]:
         return system.transition(params.recurrent, hidden, inputs_t), None
 

@@ -1,0 +1,69 @@
+"""Constraint functions C(ĥ, h): what it costs that a free state differs from the predicted one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jtrunc.base import Params, PyTree
+from jtrunc.trees import inexact_part, wide_dtype
+
+Constraint = Callable[[Params, PyTree, PyTree], jax.Array]
+"""``(params, predicted, free) -> scalar``, for the state at the end of one block; 0 where both agree."""
+
+
+def residual_of(predicted: PyTree, free: PyTree) -> PyTree:
+    """r = h − ĥ of the float leaves; None in the place of the others."""
+    return jax.tree.map(jnp.subtract, inexact_part(free), inexact_part(predicted))
+
+
+def inner_product(a: PyTree, b: PyTree) -> jax.Array:
+    """Re ⟨a, b⟩ over all leaves, summed in at least float32."""
+
+    def of_leaves(a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = wide_dtype(a)
+        return jnp.sum((a.astype(dtype).conj() * b.astype(dtype)).real)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaves, a, b)), start=jnp.zeros((), jnp.float32))
+
+
+def quadratic(params: Params, predicted: PyTree, free: PyTree) -> jax.Array:
+    """C = ½ ‖h − ĥ‖², over all float leaves of the state, streams included (Wiseman et al. 2017, eq. 7).
+
+    Example:
+
+      >>> float(quadratic(Params(()), jnp.array([1.0, 2.0]), jnp.array([1.0, 5.0])))
+      4.5
+    """
+    residual = residual_of(predicted, free)
+    return 0.5 * inner_product(residual, residual)
+
+
+def kullback_leibler(logits: Callable[[Params, PyTree], jax.Array]) -> Constraint:
+    """C = KL(softmax(o(ĥ)) ‖ softmax(o(h))): the two states may differ where the readout o does not see it.
+
+    What section 4.3 of Wiseman et al. (2017) leaves to future work. Its gradient reaches the readout too. It
+    is flat in the directions of h that o does not read, so that multipliers, which ask for h = ĥ, converge
+    slowly in these, if at all.
+
+    Args:
+      logits: ``(params, hidden) -> (..., classes)``, such as the `predict` of a `jtrunc.cells` model.
+
+    Returns:
+      ``(params, predicted, free) -> scalar`` in nats, summed over the leading axes.
+
+    Example: (¾, ¼) against (½, ½) is ¾ ln 3 − ln 2.
+
+      >>> constraint = kullback_leibler(lambda params, hidden: hidden)
+      >>> round(float(constraint(Params(()), jnp.log(jnp.array([3.0, 1.0])), jnp.zeros(2))), 4)
+      0.1308
+    """
+
+    def constraint(params: Params, predicted: PyTree, free: PyTree) -> jax.Array:
+        of_predicted = jax.nn.log_softmax(logits(params, predicted))
+        of_free = jax.nn.log_softmax(logits(params, free))
+        return jnp.sum(jnp.exp(of_predicted) * (of_predicted - of_free))
+
+    return constraint

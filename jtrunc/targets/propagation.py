@@ -1,0 +1,292 @@
+"""Target propagation as a gradient estimator: penalty, ADMM and augmented Lagrangian methods."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
+from jtrunc.checks import check_key, check_params, check_step
+from jtrunc.devices import anchor, vary
+from jtrunc.targets.blocks import forward_states
+from jtrunc.targets.constraints import Constraint, inner_product, quadratic
+from jtrunc.targets.objective import LossOn, Terms, block_terms, lagrangian, starts_of
+from jtrunc.targets.options import Initial, Method, Options, Penalty, check_options, check_window
+from jtrunc.targets.state import OfBlocks, TargetState, read_window, repeated, write_window
+from jtrunc.trees import inexact_part, is_key, strongly_typed, with_inexact_part
+
+
+def target_propagation(
+    system: System,
+    block_length: int,
+    penalty: Penalty,
+    method: Method = "admm",
+    hidden_steps: int = 1,
+    *,
+    hidden_optimizer: optax.GradientTransformation | None = None,
+    dual_optimizer: optax.GradientTransformation | None = None,
+    constraint: Constraint = quadratic,
+    loss_on: LossOn = "predicted",
+    initial: Initial = "forward",
+    num_blocks: int | None = None,
+    axis_name: str | None = None,
+) -> GradientEstimator:
+    """Target propagation: states between blocks of B steps are variables, and the blocks run in parallel.
+
+        L(H, θ, y) = Σₜ ℓₜ + Σ_b Re⟨y_b, r_b⟩ + λ Σ_b C(ĥ_b, h_b),  r_b = h_b − ĥ_b,  ĥ_b = F(… F(h_{b−1}) …)
+        admm:                  H ← H − η ∇_H L, `hidden_steps` times;  y ← y + λ r;  g = ∇_θ L
+        penalty:               the same without y
+        augmented_lagrangian:  as admm, but the last step on H is taken with g, from the same point
+
+    (Wiseman et al. 2017, eq. 6 to 8 and section 3; for the sums see `jtrunc.targets.objective`.) y = λu are
+    the multipliers, moved by the residual (errata 25). The step on θ is the caller's: a cycle is H, y, θ.
+
+    Biased for the gradient of Σ ℓ at finite λ, and wherever H is not yet optimal: it is the gradient of
+    another function. Exact where r = 0 and y are the costates, which is where ADMM and the augmented
+    Lagrangian settle at fixed θ. From the forward states with no step on H it is BPTT cut at the ends of the
+    blocks, for every λ (errata 26): B = T is BPTT, B = 1 with steps on H the algorithm of section 2.
+
+    Sequential depth: (`hidden_steps` + 1) · B steps, and T more for ``initial="forward"``; BPTT has T. Memory
+    O(T), and one state, multiplier and optimiser state for each block of the data set with `num_blocks`.
+
+    Args:
+      system: a `System`.
+      block_length: B ≥ 1, steps. If the T steps of an update are no multiple, its first block is shorter.
+      penalty: λ ≥ 0, or a schedule ``count of updates -> λ`` such as those of optax.
+      method: see above. `hidden_steps` = 0 leaves H where it starts.
+      hidden_steps: gradient steps on H in an update.
+      hidden_optimizer: an optax optimiser of H, one state for each block; ``optax.sgd(0.1)`` by default.
+      dual_optimizer: an optax optimiser that ascends along λ r; ``optax.sgd(1.0)`` by default, u ← u + r.
+      constraint: C ≥ 0, ``(params, predicted, free) -> scalar`` for one block's state.
+      loss_on: the loss of a block's last step reads ĥ_b ("predicted", eq. 6) or h_b ("free", eq. 8).
+      initial: where H starts in every update: "forward", at the true states of the present θ (the paper's
+        minibatch mode; one pass over all T steps); "persistent", where the last visit to these blocks left it
+        (batch mode); "predicted", at the ĥ of the last visit: parallel too, and it follows θ. Blocks never
+        visited start at the forward states.
+      num_blocks: blocks of the whole data set, a multiple of those of an update. What belongs to a block is
+        then kept until the data come round again, every round beginning with the state given to `init`.
+        None: every update brings new data, whose multipliers begin at 0.
+      axis_name: under `jax.shard_map`, the mesh axis over which the time axis of `inputs` and the per-block
+        state are split, in order (see `jtrunc.targets.partition_specs`); each update is the whole data set.
+        Only the states between devices and sums of gradients travel. H begins as `hidden` in every block.
+
+    Returns:
+      A `GradientEstimator`; `update` consumes all T steps. The loss is Σ ℓ at (H, θ), without the penalty;
+      `hidden` moves on to the true state at the end ("forward"), or to h_N. Diagnostics: `primal_residual`
+      ‖r‖, `dual_residual` ‖∇_H L‖ where g is taken, `constraint` Σ C, `penalty` λ.
+
+    Raises:
+      TypeError, ValueError: for arguments that do not fit, by name; bad system, params or inputs.
+
+    Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ, cut after two of four steps; ∂h₃/∂h₂ · ∂h₂/∂θ = 0.5 is missing, and so
+    is ∂h₄/∂h₂ · ∂h₂/∂θ = 0.25.
+
+      >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(4, jnp.float32)
+      >>> estimator = target_propagation(system, block_length=2, penalty=1.0, hidden_steps=0)
+      >>> estimate, state = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
+      >>> float(estimate.grads.recurrent), float(state.hidden)
+      (5.0, 1.875)
+    """
+    options = Options(
+        system, block_length, penalty, method, hidden_steps,
+        optax.sgd(0.1) if hidden_optimizer is None else hidden_optimizer,
+        optax.sgd(1.0) if dual_optimizer is None else dual_optimizer,
+        constraint, loss_on, initial, num_blocks, axis_name,
+    )  # fmt: skip
+    check_options(options)
+
+    def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> TargetState:
+        check_params(params)
+        check_key("target_propagation", key, random=False)
+        return _first_state(options, strongly_typed(hidden))
+
+    def update(params: Params, state: TargetState, inputs: PyTree) -> tuple[Estimate, TargetState]:
+        length = check_step(system, params, state.hidden, inputs)
+        return _update(options, params, state, inputs, length)
+
+    return GradientEstimator(init, update)
+
+
+class _Problem(NamedTuple):
+    """The objective of one window at one λ, as a function of θ and of the float leaves of H."""
+
+    options: Options
+    start: PyTree
+    template: PyTree
+    inputs: PyTree
+    penalty: Any
+
+    def terms(self, params: Params, floats: PyTree) -> Terms:
+        free = with_inexact_part(self.template, floats)
+        starts = starts_of(_from_the_left(self.start, free, self.options.axis_name), free)
+        return block_terms(
+            self.options.system, params, starts, free, self.inputs,
+            self.options.block_length, self.options.constraint, self.options.loss_on,
+        )  # fmt: skip
+
+    def hidden_gradient(self, params: Params, floats: PyTree, multipliers: PyTree) -> PyTree:
+        def value(floats: PyTree) -> jax.Array:
+            return lagrangian(self.terms(params, floats), self.penalty, multipliers)
+
+        return jax.grad(value)(floats)
+
+
+def _update(
+    options: Options, params: Params, state: TargetState, inputs: PyTree, length: int
+) -> tuple[Estimate, TargetState]:
+    stored = read_window(state, check_window(options, state, length))
+    template, multipliers, end = _enter(options, params, state, stored, inputs)
+    penalty = options.penalty(state.count) if callable(options.penalty) else options.penalty
+    problem = _Problem(options, state.hidden, template, inputs, penalty)
+    floats = inexact_part(template)
+    visited = jax.tree.map(jnp.ones_like, stored.visited)
+    window = OfBlocks(floats, multipliers, *_optimizer_states(options, stored, floats), visited)
+
+    def hidden_step(window: OfBlocks, gradient: PyTree) -> OfBlocks:
+        floats, optimizer_state = _descend(
+            options.hidden_optimizer, gradient, window.hidden_optimizer, window.free
+        )
+        return window._replace(free=floats, hidden_optimizer=optimizer_state)
+
+    def iteration(_: Any, window: OfBlocks) -> OfBlocks:
+        return hidden_step(window, problem.hidden_gradient(params, window.free, window.multipliers))
+
+    joint = options.method == "augmented_lagrangian" and options.hidden_steps > 0
+    window = jax.lax.fori_loop(0, options.hidden_steps - joint, iteration, window)
+    terms, window, grads, hidden_gradient = _pass(problem, params, window)
+    window = hidden_step(window, hidden_gradient) if joint else window
+    diagnostics = {
+        "primal_residual": _norm(terms.residual, options.axis_name),
+        "dual_residual": _norm(hidden_gradient, options.axis_name),
+        "constraint": _sum(terms.constraint, options.axis_name),
+        "penalty": jnp.asarray(penalty, terms.constraint.dtype),
+    }
+    free = terms.predicted if options.initial == "predicted" else with_inexact_part(template, window.free)
+    state = _leave(options, state, window._replace(free=free), end)
+    devices = 1 if options.axis_name is None else jax.lax.axis_size(options.axis_name)
+    loss, grads = _sum((terms.loss, grads), options.axis_name)
+    return Estimate(loss, grads, np.int32(length * devices), Aux(terms.aux, diagnostics)), state  # pyright: ignore
+
+
+def _pass(problem: _Problem, params: Params, window: OfBlocks) -> tuple[Terms, OfBlocks, Params, PyTree]:
+    """The dual step, then the gradients with respect to θ and H at the new multipliers: one pass for all."""
+    options = problem.options
+
+    def value(params: Params, floats: PyTree) -> tuple[jax.Array, Any]:
+        terms = problem.terms(params, floats)
+        moved = window
+        if options.has_duals:
+            residual = jax.lax.stop_gradient(terms.residual)
+            ascent = jax.tree.map(lambda r: (-problem.penalty * r).astype(r.dtype), residual)
+            of_duals = options.dual_optimizer, ascent
+            multipliers, dual_state = _descend(*of_duals, window.dual_optimizer, window.multipliers)
+            moved = window._replace(multipliers=multipliers, dual_optimizer=dual_state)
+        return lagrangian(terms, problem.penalty, moved.multipliers), (terms, moved)
+
+    differentiate = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+    local = params if options.axis_name is None else vary(params, anchor(window, problem.inputs))
+    (_, (terms, moved)), (grads, hidden_gradient) = differentiate(local, window.free)
+    return terms, moved, grads, hidden_gradient
+
+
+def _descend(
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: Any, variables: PyTree
+) -> tuple[PyTree, Any]:
+    """One step of every block's own optimiser."""
+    updates, state = jax.vmap(optimizer.update)(gradient, state, variables)
+    return optax.apply_updates(variables, updates), state
+
+
+def _first_state(options: Options, hidden: PyTree) -> TargetState:
+    state = TargetState(hidden, jnp.int32(0), jnp.int32(0))
+    if options.num_blocks is None:
+        return state
+    rows = repeated(hidden, options.num_blocks)
+    floats = inexact_part(rows)
+    kept = options.initial != "forward"
+    multipliers = jax.tree.map(jnp.zeros_like, floats) if options.has_duals else ()
+    return state._replace(
+        initial=hidden,
+        free=rows if kept else (),
+        multipliers=multipliers,
+        hidden_optimizer=jax.vmap(options.hidden_optimizer.init)(floats) if kept else (),
+        dual_optimizer=jax.vmap(options.dual_optimizer.init)(multipliers) if options.has_duals else (),
+        visited=jnp.full(options.num_blocks, options.axis_name is not None) if kept else (),
+    )
+
+
+def _enter(
+    options: Options, params: Params, state: TargetState, stored: OfBlocks, inputs: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Where H and y of the window start, and the true state at its end where that is known."""
+
+    def forward() -> PyTree:
+        return forward_states(options.system, params, state.hidden, inputs, options.block_length)
+
+    if options.axis_name is not None:
+        free = end = stored.free
+    elif options.initial == "forward":
+        free = end = forward()
+    else:
+        anchored = anchor(params, state, inputs)
+        branches = (lambda: vary(stored.free, anchored), lambda: vary(forward(), anchored))
+        free = end = jax.lax.cond(jnp.all(stored.visited), *branches)
+    multipliers = stored.multipliers
+    if options.has_duals and options.num_blocks is None:
+        multipliers = jax.tree.map(jnp.zeros_like, inexact_part(free))
+    return free, multipliers, jax.tree.map(lambda leaf: leaf[-1], end)
+
+
+def _optimizer_states(options: Options, stored: OfBlocks, floats: PyTree) -> tuple[Any, Any]:
+    """Those of H and of y, as the last visit left them, or new."""
+    of_hidden, of_duals = stored.hidden_optimizer, stored.dual_optimizer
+    if options.initial == "forward":
+        of_hidden = vary(jax.vmap(options.hidden_optimizer.init)(floats), anchor(floats))
+    if options.has_duals and options.num_blocks is None:
+        of_duals = vary(jax.vmap(options.dual_optimizer.init)(floats), anchor(floats))
+    return of_hidden, of_duals
+
+
+def _leave(options: Options, state: TargetState, window: OfBlocks, end: PyTree) -> TargetState:
+    """The state after the window; at the end of the data set the next one begins where the first did."""
+    if options.initial != "forward":
+        end = jax.tree.map(lambda leaf: leaf[-1], window.free)
+    count = jax.tree.leaves(window.free)[0].shape[0]
+    position, hidden = state.position, end
+    if options.axis_name is not None:
+        hidden = state.initial
+    elif options.num_blocks is not None:
+        position = (position + count) % options.num_blocks
+        hidden = jax.tree.map(lambda first, last: jnp.where(position == 0, first, last), state.initial, end)
+    state = write_window(state, window)
+    return state._replace(hidden=hidden, count=state.count + 1, position=position)
+
+
+def _from_the_left(start: PyTree, free: PyTree, axis_name: str | None) -> PyTree:
+    """The state that the first block of this device begins with: the last one of the device before it."""
+    if axis_name is None:
+        return start
+    devices = jax.lax.axis_size(axis_name)
+    to_the_right = [(device, device + 1) for device in range(devices - 1)]
+    is_first = jax.lax.axis_index(axis_name) == 0
+
+    def receive(first: jax.Array, ends: jax.Array) -> jax.Array:
+        if is_key(first):
+            raw = receive(jax.random.key_data(first), jax.random.key_data(ends))
+            return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(first))
+        return jnp.where(is_first, first, jax.lax.ppermute(ends[-1], axis_name, to_the_right))
+
+    return jax.tree.map(receive, start, free)
+
+
+def _sum(tree: PyTree, axis_name: str | None) -> PyTree:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _norm(tree: PyTree, axis_name: str | None) -> jax.Array:
+    return jnp.sqrt(_sum(inner_product(tree, tree), axis_name))
