@@ -86,9 +86,8 @@ def write_window(state: TargetState, window: OfBlocks) -> TargetState:
     stored = blocks_of(state)
     if not _num_rows(stored):
         return state
-    kept = OfBlocks(
-        *(new if old else () for old, new in zip(map(jax.tree.leaves, stored), window, strict=True))
-    )
+    pairs = zip(stored, window, strict=True)
+    kept = OfBlocks(*(new if jax.tree.leaves(old) else old for old, new in pairs))
     if _num_rows(stored) != _num_rows(kept):
 
         def write(all_rows: jax.Array, rows: jax.Array) -> jax.Array:
