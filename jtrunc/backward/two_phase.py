@@ -30,6 +30,10 @@ Named = dict[str, jax.Array]
 ROWS_PER_WIDTH = 4
 """The two-phase pass is taken while rows × this ≤ width (measured: `benchmarks/speed`)."""
 
+LIGHT_STEP = 1 << 13
+"""So few multiplications in a step that it costs by its number of operations: the two-phase pass has fewer,
+since losses and products with inputs wait until after the scan (measured: `benchmarks/speed`)."""
+
 ROWS_TO_PROJECT_INSIDE = 32
 """From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
 projections no longer fits the caches."""
@@ -246,7 +250,8 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     """Whether the two-phase pass is possible and faster: few rows beside the width; decided from shapes.
 
     With R rows (batch) and width n, the plain pass spends R n² flops a step on dW and moves n² numbers for
-    it, so it loses where R is small; from R ≈ n/4 on both are bound by the same products.
+    it, so it loses where R is small; from R ≈ n/4 on both are bound by the same products, if these are large
+    enough to matter at all.
     """
     if structure is None or not all(is_inexact(leaf) for leaf in jax.tree.leaves(hidden)):
         return False
@@ -254,8 +259,14 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     if isinstance(structure, Stack):
         layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
     rows, width = num_rows(layer, hidden, inputs)
-    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width
+    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width or rows * _kernel_size(layer, theta) <= LIGHT_STEP
     return width > 0 and few_rows and _equal_rows(layer, hidden, inputs)
+
+
+def _kernel_size(structure: Structure, theta: PyTree) -> int:
+    """Multiplications of one row with all kernels that read the hidden state."""
+    affine = jax.eval_shape(structure.affine, theta)
+    return sum(weights.hidden_kernel.size for weights in affine.values() if weights.hidden_kernel is not None)
 
 
 def _equal_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> bool:
