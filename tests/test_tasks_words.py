@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +58,36 @@ def test_the_numbers_of_wikitext_are_compared(tmp_path: Path, monkeypatch: pytes
         words.wikitext2(tmp_path)
 
 
+TEXT8 = " the cat of zoom the hat of the cat a mat zoo a the mat of owl at"
+
+
+def test_text8_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"text8 does not exist; .*http://mattmahoney.net/dc/text8.zip"):
+        words.text8_words(tmp_path)
+    (tmp_path / "text8").write_text(TEXT8)
+    options: Any = {"fractions": (0.5, 0.25, 0.25), "verify": False}
+    corpus = words.text8_words(tmp_path, min_count=2, **options)
+    assert corpus.vocabulary.symbols == ("the", "of", "<unk>")
+    assert corpus.vocabulary.decode(corpus.train) == "the <unk> of <unk> the <unk> of the "
+    assert corpus.vocabulary.decode(corpus.valid) == "<unk> <unk> <unk> <unk> <unk> the "
+    assert len(corpus.test) == 4 and corpus.num_unknown == (5, 3)
+    assert words.text8_words(tmp_path, min_count=1, max_vocabulary=5, **options).vocabulary.size == 5
+    with pytest.raises(ValueError, match="character 'w' at position 11 is not in the vocabulary"):
+        corpora.text8(tmp_path, **options)
+    letters = corpora.text8(tmp_path / "text8", fractions=(0.96, 0.02, 0.02), verify=False)
+    assert letters.vocabulary.decode(np.concatenate(letters[:3])) == TEXT8
+    for load in (corpora.text8, words.text8_words):
+        with pytest.raises(ValueError, match=r"not the published text8: it has 65 .* 100,000,000 and 3b"):
+            load(tmp_path)
+    monkeypatch.setattr(corpora, "TEXT8_MD5", hashlib.md5(TEXT8.encode()).hexdigest())
+    assert words.text8_words(tmp_path, fractions=options["fractions"]).vocabulary.size == 1
+    monkeypatch.undo()
+    assert parts.TASKS["text8-words"](tmp_path, min_count=1, verify=False).num_classes >= 8
+    for name in ("text8", "text8-words"):
+        with pytest.raises(ValueError, match=f"task '{name}' needs --data"):
+            parts.TASKS[name](None)
+
+
 @needs_data
 def test_penn_treebank_is_the_published_one() -> None:
     corpus = words.penn_treebank_words(DATA / "ptb")
@@ -64,6 +96,11 @@ def test_penn_treebank_is_the_published_one() -> None:
     assert corpus.vocabulary.symbols[:3] == ("the", "<unk>", "<eos>")
     assert int((corpus.valid == corpus.vocabulary.symbols.index(words.END_OF_LINE)).sum()) == 3370
     assert corpus.vocabulary.decode(corpus.valid[:3]) == "consumers may want "
+    small = words.penn_treebank_words(DATA / "ptb", max_vocabulary=1000)
+    assert small.vocabulary.symbols == corpus.vocabulary.symbols[:1000]
+    kept = corpus.valid < 1000
+    np.testing.assert_array_equal(small.valid, np.where(kept, corpus.valid, 1))
+    assert small.num_unknown[0] == (~kept).sum() > 10_000
 
 
 @pytest.mark.skipif(not WIKITEXT, reason="JTRUNC_WIKITEXT_2 names no folder")

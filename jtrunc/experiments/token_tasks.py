@@ -76,13 +76,13 @@ def words(
     return _of_corpus(corpus)
 
 
-def penn_treebank_words(data: Path | None, *, verify: bool = True) -> Tokens:
+def penn_treebank_words(data: Path | None, *, max_vocabulary: int = 10_000, verify: bool = True) -> Tokens:
     """Penn Treebank by words (10,000), from ptb.train.txt and its two sisters in the folder --data."""
     if data is None:
         raise ValueError(
             "task 'penn-treebank-words' needs --data: the folder of ptb.train.txt and its two sisters"
         )
-    return _of_corpus(tasks.words.penn_treebank_words(data, verify=verify))
+    return _of_corpus(tasks.words.penn_treebank_words(data, max_vocabulary=max_vocabulary, verify=verify))
 
 
 def wikitext_2(data: Path | None, *, verify: bool = True) -> Tokens:
@@ -102,6 +102,31 @@ def shakespeare(
         raise ValueError("task 'shakespeare' needs --data: a text file or a folder of them")
     limit = max_characters or None
     return _of_corpus(corpora.shakespeare(data, pattern=pattern, max_characters=limit, verify=verify))
+
+
+def text8(data: Path | None, *, verify: bool = True) -> Tokens:
+    """Characters of text8 (a to z and the blank), from the file text8, or its folder, in --data."""
+    return _of_corpus(corpora.text8(_required(data, "text8"), verify=verify))
+
+
+def text8_words(
+    data: Path | None, *, min_count: int = 10, max_vocabulary: int = 0, verify: bool = True
+) -> Tokens:
+    """Words of text8 that occur at least `min_count` times, from the file text8, or its folder, in --data."""
+    return _of_corpus(
+        tasks.words.text8_words(
+            _required(data, "text8-words"),
+            min_count=min_count,
+            max_vocabulary=max_vocabulary or None,
+            verify=verify,
+        )
+    )
+
+
+def _required(data: Path | None, name: str) -> Path:
+    if data is None:
+        raise ValueError(f"task {name!r} needs --data: the file text8, or the folder that holds it")
+    return data
 
 
 def copy(
@@ -166,6 +191,8 @@ TASKS = {
     "words": words,
     "penn-treebank-words": penn_treebank_words,
     "wikitext-2": wikitext_2,
+    "text8": text8,
+    "text8-words": text8_words,
     "shakespeare": shakespeare,
     "copy": copy,
     "brackets": brackets,

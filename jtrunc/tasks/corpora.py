@@ -1,4 +1,4 @@
-"""Characters to learn from: any text, the Penn Treebank, Shakespeare, Python's own standard library."""
+"""Characters to learn from: any text, the Penn Treebank, Shakespeare, text8, Python's own library."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ _PENN_TREEBANK_SHA256 = {
     "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
 }
 
+TEXT8_NUM_CHARACTERS = 100_000_000
+TEXT8_MD5 = "3bea1919949baf155f99411df5fada7e"
 
 _TINY_SHAKESPEARE = "tinyshakespeare"
 _TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -194,6 +196,42 @@ def shakespeare(
     for file in text_files(path, pattern) if verify else ():
         _require_tiny_shakespeare(file)
     return characters(path, pattern=pattern, fractions=fractions, max_characters=max_characters)
+
+
+def text8(path: str | Path, *, fractions: Sequence[float] = FRACTIONS, verify: bool = True) -> Corpus:
+    """The characters of text8, a to z and the blank: 90 million to train, 5 to validate, 5 to test.
+
+    Args:
+      path: the file text8, or the folder that holds it.
+      fractions: of the training, validation and test part, which follow each other in the text.
+      verify: check that it is the published file, by its MD5.
+
+    Raises:
+      ValueError: if the file is missing or unreadable (the message says where to get it), is not the
+        published one, or is too short for its three parts; without `verify` also if the validation or test
+        part has a character that the training part has not.
+
+    Source: Mahoney, "About the test data" (2006): the first 10⁸ bytes of Wikipedia, all but a to z removed.
+    """
+    return _corpus("text8", 1, split(read_text8(path, verify), fractions), unknown=None)
+
+
+def read_text8(path: str | Path, verify: bool = True) -> str:
+    """The text of text8; errors as in `text8`."""
+    file = Path(path) / "text8" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"{file} does not exist; give the file text8, or its folder: it is the only file in"
+            " http://mattmahoney.net/dc/text8.zip"
+        )
+    text = read_file(file)
+    found = hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
+    if verify and found != TEXT8_MD5:
+        raise ValueError(
+            f"{file} is not the published text8: it has {len(text):,} characters and the MD5 {found}, not"
+            f" {TEXT8_NUM_CHARACTERS:,} and {TEXT8_MD5}; unzip it again, or pass verify=False"
+        )
+    return text
 
 
 def _require_tiny_shakespeare(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Words to learn from: the Penn Treebank, WikiText-2, or any text, Python's own standard library say.
+"""Words to learn from: the Penn Treebank, WikiText-2, text8, or any text, Python's own standard library say.
 
 A line's words are followed by <eos>, and rare or unknown words are <unk>. `jtrunc.tasks.text.lanes` makes
 streams of the tokens.
@@ -20,6 +20,7 @@ from jtrunc.tasks.corpora import (
     Source,
     read_penn_treebank,
     read_standard_library,
+    read_text8,
     sha256,
 )
 from jtrunc.tasks.text import Split, read_file, read_text, require_tokens, split, text_files
@@ -74,16 +75,19 @@ class Vocabulary(NamedTuple):
         return "".join("\n" if word == END_OF_LINE else f"{word} " for word in words)
 
 
-def build_vocabulary(words: Iterable[str], max_vocabulary: int | None = None) -> Vocabulary:
+def build_vocabulary(
+    words: Iterable[str], max_vocabulary: int | None = None, min_count: int = 1
+) -> Vocabulary:
     """The most frequent words, which should be of the training part alone; equals in alphabetical order.
 
     Args:
       words: at least one.
       max_vocabulary: how many tokens at most, <unk> included, which is always one of them; None for all.
+      min_count: leave out words that occur less often.
 
     Raises:
-      TypeError: if `max_vocabulary` is not a whole number.
-      ValueError: if it is less than 2, or there are no words.
+      TypeError: if a number is not whole.
+      ValueError: if `max_vocabulary` is less than 2, `min_count` less than 1, or there are no words.
 
     Example:
 
@@ -95,7 +99,9 @@ def build_vocabulary(words: Iterable[str], max_vocabulary: int | None = None) ->
     counts = Counter(words)
     if not counts:
         raise ValueError("there are no words; a vocabulary needs at least one")
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    require_count("min_count", min_count)
+    kept = [word for word, count in counts.items() if count >= min_count]
+    ranked = sorted(kept, key=lambda word: (-counts[word], word))
     if max_vocabulary is not None:
         ranked = _most_frequent(ranked, require_count("max_vocabulary", max_vocabulary, minimum=2))
     return Vocabulary(tuple(ranked if UNKNOWN in ranked else [*ranked, UNKNOWN]))
@@ -157,22 +163,29 @@ def words(
         name, num_files = Path(path).resolve().name, len(text_files(path, pattern))
         text = read_text(path, pattern)
         text = text if max_characters is None else text[: require_count("max_characters", max_characters)]
-    return _corpus(name, num_files, _at_line_ends(split(text, fractions)), max_vocabulary, _WORD.findall)
+    return _corpus(
+        name, num_files, _at_ends_of("lines", "\n", split(text, fractions)), max_vocabulary, _WORD.findall
+    )
 
 
-def penn_treebank_words(folder: str | Path, *, verify: bool = True) -> Corpus:
+def penn_treebank_words(
+    folder: str | Path, *, max_vocabulary: int | None = None, verify: bool = True
+) -> Corpus:
     """Penn Treebank by words: 929,589 to train, 73,760 to validate, 82,430 to test; 10,000 different ones.
 
     Args:
       folder: holds ptb.train.txt, ptb.valid.txt and ptb.test.txt, Mikolov's split with 10,000 words.
+      max_vocabulary: keep the most frequent ones, <unk> among them; None for all.
       verify: check that the files are the published ones, by their SHA-256.
 
     Raises:
+      TypeError: if `max_vocabulary` is not a whole number.
       ValueError: if a file is missing or unreadable, or is not the published one.
 
     Source: Mikolov et al., "Recurrent neural network based language model" (2010).
     """
-    return _corpus("Penn Treebank words", len(Split._fields), read_penn_treebank(folder, verify))
+    parts = read_penn_treebank(folder, verify)
+    return _corpus("Penn Treebank words", len(Split._fields), parts, max_vocabulary)
 
 
 def wikitext2(folder: str | Path, *, verify: bool = True) -> Corpus:
@@ -206,25 +219,59 @@ def wikitext2(folder: str | Path, *, verify: bool = True) -> Corpus:
     return corpus
 
 
-def _at_line_ends(parts: Split) -> Split:
-    """The parts with their cuts moved on to the next end of a line."""
+def text8_words(
+    path: str | Path,
+    *,
+    min_count: int = 10,
+    max_vocabulary: int | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    verify: bool = True,
+) -> Corpus:
+    """text8 by words, with no <eos>: the text has no lines. 17,005,207 words in all, and <unk> for rare ones.
+
+    The parts are those of `jtrunc.tasks.corpora.text8`, cut at the next blank. The target propagation paper
+    gives neither its split nor its vocabulary; words that occur less than ten times are usually left out.
+
+    Args:
+      path: the file text8, or the folder that holds it.
+      min_count: words that the training part has less often become <unk>.
+      max_vocabulary: how many tokens at most, <unk> included; None for all.
+      fractions: of the training, validation and test part, which follow each other in the text.
+      verify: check that it is the published file, by its MD5.
+
+    Raises:
+      TypeError: if a number is not whole.
+      ValueError: as in `jtrunc.tasks.corpora.text8`, or for a number that is too small.
+    """
+    parts = _at_ends_of("words", " ", split(read_text8(path, verify), fractions))
+    return _corpus("text8 words", 1, parts, max_vocabulary, str.split, min_count, line_ends=False)
+
+
+def _at_ends_of(what: str, separator: str, parts: Split) -> Split:
+    """The parts with their cuts moved on to the next end of a line or a word."""
     text, cut = "".join(parts), len(parts.train)
-    first, second = (text.find("\n", at - 1) + 1 or len(text) for at in (cut, cut + len(parts.valid)))
+    first, second = (text.find(separator, at - 1) + 1 or len(text) for at in (cut, cut + len(parts.valid)))
     moved = Split(text[:first], text[first:second], text[second:])
     if not all(moved):
         raise ValueError(
-            f"the lines of the text are too long for parts of {[len(part) for part in parts]} characters;"
+            f"the {what} of the text are too long for parts of {[len(part) for part in parts]} characters;"
             " give more text or larger fractions"
         )
     return moved
 
 
 def _corpus(
-    name: str, num_files: int, parts: Split, max_vocabulary: int | None = None, words_of: WordsOf = str.split
+    name: str,
+    num_files: int,
+    parts: Split,
+    max_vocabulary: int | None = None,
+    words_of: WordsOf = str.split,
+    min_count: int = 1,
+    line_ends: bool = True,
 ) -> Corpus:
     """Tokens of the three parts, with the vocabulary of the first."""
-    train, valid, test = (_with_line_ends(part, words_of) for part in parts)
-    vocabulary = build_vocabulary(train, max_vocabulary)
+    train, valid, test = (_with_line_ends(part, words_of) if line_ends else words_of(part) for part in parts)
+    vocabulary = build_vocabulary(train, max_vocabulary, min_count)
     text = "".join(parts)
     return Corpus(
         *(vocabulary.encode(part) for part in (train, valid, test)),
