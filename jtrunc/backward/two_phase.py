@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import PyTree
+from jtrunc.devices import anchor, vary
 from jtrunc.structure import Stack, Structure, add_bias, project
 from jtrunc.trees import (
     cotangent_tree,
@@ -319,6 +320,8 @@ def _layer_hiddens(
     if not layout.hidden_groups or num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
         layout = layout._replace(project_first=False)
     weights = fuse(structure, layout, theta)
+    # Here, where the transpose sums over devices: inside, the cotangents vary as hidden state and inputs do.
+    weights, hidden = vary((weights, hidden), anchor(weights, hidden, inputs))
     return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)
 
 

@@ -130,6 +130,8 @@ def block_terms(
 
 
 def lagrangian(terms: Terms, penalty: Any, multipliers: PyTree) -> jax.Array:
-    """Σℓ + Σ⟨y, r⟩ + λ ΣC."""
+    """Σℓ + Σ⟨y, r⟩ + λ ΣC; multipliers None or () are 0."""
     value = terms.loss + penalty * terms.constraint
-    return value if multipliers is None else value + inner_product(multipliers, terms.residual)
+    if not jax.tree.leaves(multipliers):
+        return value
+    return value + inner_product(multipliers, terms.residual)
