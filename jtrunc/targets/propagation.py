@@ -157,7 +157,8 @@ def _update(
         return hidden_step(window, problem.hidden_gradient(params, window.free, window.multipliers))
 
     joint = options.method == "augmented_lagrangian" and options.hidden_steps > 0
-    window = jax.lax.fori_loop(0, options.hidden_steps - joint, iteration, window)
+    if options.hidden_steps > joint:
+        window = jax.lax.fori_loop(0, options.hidden_steps - joint, iteration, window)
     terms, window, grads, hidden_gradient = _pass(problem, params, window)
     window = hidden_step(window, hidden_gradient) if joint else window
     diagnostics = {
