@@ -8,13 +8,8 @@ the runs in `adaptive_figures`.
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +23,12 @@ from jtrunc.experiments.adaptive_runs import (
     Training,
     compile_program,
     compile_report,
-    read_result,
     run,
 )
-from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, Experiment, Problem, Size
-from jtrunc.experiments.report import fresh_folder, progress, table, write_json
-from jtrunc.training.metrics import to_json
+from jtrunc.experiments.adaptive_tasks import EXPERIMENTS, Experiment, Size
+from jtrunc.experiments.jobs import check_resume, claim, finite, read_result, run_all
+from jtrunc.experiments.problems import Problem
+from jtrunc.experiments.report import progress, table, write_json
 
 FREE = ("output", "resume", "jobs", "methods", "seeds")
 """Options that may differ when a run is resumed."""
@@ -90,12 +85,13 @@ def reproduce(config: Adaptive) -> list[Path]:
     check(config)
     chosen = [read_method(text) for text in config.methods] or paper_methods(config)
     experiment, problem, training = prepare(config)
-    claim(config)
+    claim(config, FREE)
     print(f"{problem.summary}\n{describe(config, training)}", flush=True)
     pairs = [(method, seed) for method in chosen for seed in range(config.seeds)]
     with progress(len(pairs) * training.epochs, config.task, "epochs") as advance:
-        for label, result in run_all(config, pairs, advance):
-            print_line(experiment, label, result)
+        work = partial(run_one, config, **({"advance": advance} if config.jobs == 1 else {}))
+        for (method, seed), result in run_all(work, pairs, config.jobs, lambda _: advance(training.epochs)):
+            print_line(experiment, f"{method.label}, seed {seed}", result)
     return report(config, experiment)
 
 
@@ -107,8 +103,7 @@ def check(config: Adaptive) -> None:
     for name in ("epochs", "steps", "width", "streams", "estimate_every", "clip", "weight_decay"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
-    if config.resume and not (config.output / "config.json").exists():
-        raise ValueError(f"no run to resume in {str(config.output)!r}: check --output, or leave out --resume")
+    check_resume(config)
 
 
 def read_method(text: str) -> Method:
@@ -181,38 +176,14 @@ def _sizes(size: Size) -> str:
     return ", ".join(f"{name} {value or 'all'}" for name, value in zip(Size._fields, size, strict=True))
 
 
-def settings(config: Adaptive) -> dict[str, Any]:
-    """The options that every run of a folder shares."""
-    return {
-        name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items() if name not in FREE
-    }
-
-
-def claim(config: Adaptive) -> None:
-    """A fresh folder, or one that was made with the same settings."""
-    path = config.output / "config.json"
-    if not config.resume:
-        fresh_folder(config.output)
-        path.write_text(json.dumps(settings(config), indent=1) + "\n")
-        return
-    found = json.loads(path.read_text())
-    for name, value in settings(config).items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"the runs in {str(config.output)!r} were made with --{name.replace('_', '-')}"
-                f" {found.get(name)}, not {value}: give the same, or another --output"
-            )
-
-
 def folder_of(config: Adaptive, label: str, seed: int) -> Path:
     """Where a method and seed is kept."""
     return config.output / label / f"seed-{seed}"
 
 
-def run_one(
-    config: Adaptive, method: Method, seed: int, advance: Any = lambda epochs: None
-) -> dict[str, Any]:
+def run_one(config: Adaptive, pair: tuple[Method, int], advance: Any = lambda epochs: None) -> dict[str, Any]:
     """One method and seed."""
+    method, seed = pair
     experiment, problem, training = prepare(config)
     folder = folder_of(config, method.label, seed)
     if (result := read_result(folder)) is not None:
@@ -220,39 +191,6 @@ def run_one(
         return result
     program = program_of(config, method)
     return run(experiment, problem, program, method, training, seed, folder, advance)
-
-
-def run_all(
-    config: Adaptive, pairs: list[tuple[Method, int]], advance: Any
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every method and seed, here or in processes of a core each; results as they come."""
-    if config.jobs == 1:
-        for method, seed in pairs:
-            yield f"{method.label}, seed {seed}", run_one(config, method, seed, advance)
-        return
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
-    with ProcessPoolExecutor(config.jobs, context, _take_core, (counter,)) as pool:
-        try:
-            futures = {pool.submit(run_one, config, *pair): pair for pair in pairs}
-            for future in as_completed(futures):
-                method, seed = futures[future]
-                advance(prepare(config)[2].epochs)
-                yield f"{method.label}, seed {seed}", future.result()
-        except BaseException:  # Ctrl-C too: the pool would wait for all runs; what they saved stays
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-def _take_core(counter: Any) -> None:
-    """A core to each process: small products are no faster on two, and two processes would share both."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    with counter.get_lock():
-        index, counter.value = counter.value, counter.value + 1
-    os.sched_setaffinity(0, {cores[index % len(cores)]})
 
 
 def print_line(experiment: Experiment, label: str, result: dict[str, Any]) -> None:
@@ -273,8 +211,7 @@ def report(config: Adaptive, experiment: Experiment) -> list[Path]:
     print(f"\n{table(['', 'claim', 'rule'], words)}" if words else "", flush=True)
     one = figure_one(experiment, results, config.output / "curves.png")
     three = figure_three(experiment, results, config.output / "gradient_norms.png")
-    finite = json.loads(to_json(results), parse_float=_finite)
-    summary = write_json(config.output / "summary.json", config, runs=finite, claims=verdicts)
+    summary = write_json(config.output / "summary.json", config, runs=finite(results), claims=verdicts)
     return [one, three, summary]
 
 
@@ -291,9 +228,3 @@ def read_results(config: Adaptive) -> dict[str, list[dict[str, Any]]]:
         return (0, method.length) if method.length is not None else (1, -(method.tolerance or 0))
 
     return {label: found[label] for label in sorted(found, key=order)}
-
-
-def _finite(number: str) -> float | None:
-    """JSON has no word for infinity."""
-    value = float(number)
-    return value if math.isfinite(value) else None

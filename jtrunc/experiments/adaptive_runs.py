@@ -9,7 +9,6 @@ report, and no data of the method; the steps that an adaptive method reads for i
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -26,9 +25,11 @@ import optax
 import jtrunc
 from jtrunc import diagnostics, optimizers
 from jtrunc.base import GradientEstimator, Params, PyTree
-from jtrunc.experiments.adaptive_tasks import Experiment, Problem
+from jtrunc.experiments.adaptive_tasks import Experiment
+from jtrunc.experiments.jobs import read_result, write_result
+from jtrunc.experiments.problems import Problem
 from jtrunc.training import TrainState, checkpoint, evaluate, init_state, train_step
-from jtrunc.training.metrics import MetricsFile, to_json
+from jtrunc.training.metrics import MetricsFile
 from jtrunc.training.stream import Stream, circular, window_at
 from jtrunc.training.sums import MetricSums, add_update, no_sums
 
@@ -255,7 +256,7 @@ def run(
     result = {"method": method.label, "seed": seed, "epochs": at.lines, **best_of(at.lines)}
     if not math.isinf(result["valid"]):
         result |= norms_at_best(experiment, problem, program, at) | measures(problem, at.best)
-    _write(folder / "result.json", result)
+    write_result(folder, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
@@ -343,19 +344,6 @@ def begin(program: Program, seed: int, folder: Path, metrics: MetricsFile) -> Pr
 def save(folder: Path, at: Progress) -> None:
     """A checkpoint of a run between two epochs."""
     checkpoint.save(folder / "checkpoints", int(at.state.update), (at.state, at.best), keep=2)
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
-    path = folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_json(content) + "\n")
-    temporary.replace(path)
 
 
 def _total(sums: MetricSums, name: str) -> float:

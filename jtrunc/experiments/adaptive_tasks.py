@@ -17,40 +17,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jtrunc import cells
 from jtrunc.backward.unroll import unroll
-from jtrunc.base import Params, PyTree, System
-from jtrunc.tasks import book_order, copying, events, point_process, self_exciting, text, words
+from jtrunc.base import Params, PyTree
+from jtrunc.experiments.problems import Problem, embedded, held_short, word_problem
+from jtrunc.tasks import book_order, copying, events, point_process, self_exciting, words
 
 Scale = Literal["small", "full"]
 TRAIN, VALID, TEST = 1000, 1001, 1002
 """Seeds of the data, whatever the seed of a run."""
-
-
-class Problem(NamedTuple):
-    """A model and what it learns.
-
-    Attributes:
-      summary: one line for the reader.
-      model: `cells.Model`; its loss is a mean over the streams.
-      train: leaves (T, B, ...), read in a circle.
-      valid: parameters are chosen on it.
-      test: no choice is made on it.
-      measures: ``(params, data) -> {name: number}`` for the table, or None.
-    """
-
-    summary: str
-    model: cells.Model
-    train: PyTree
-    valid: PyTree
-    test: PyTree
-    measures: Callable[[Params, PyTree], dict[str, float]] | None = None
 
 
 class Size(NamedTuple):
@@ -108,24 +88,10 @@ class Experiment(NamedTuple):
     too_short: tuple[int, ...] = ()
 
 
-def embedded(num_symbols: int, embedding: int, width: int, layers: int) -> cells.Model:
-    """An embedding, a stack of LSTMs and a softmax readout over the same symbols.
-
-    θ = {"embedding": (num_symbols, embedding), "cell": of the stack}; inputs are pairs of integers (B,).
-    """
+def lstms(num_symbols: int, embedding: int, width: int, layers: int) -> cells.Model:
+    """A stack of LSTMs behind an embedding."""
     cell = cells.stack([cells.lstm(size, width) for size in (embedding, *[width] * (layers - 1))])
-    plain = cells.model(cell, num_symbols, cells.softmax_cross_entropy)
-
-    def init(key: jax.Array, dtype: Any = jnp.float32) -> Params:
-        table_key, key = jax.random.split(key)
-        params = plain.init(key, dtype)
-        table = jax.random.normal(table_key, (num_symbols, embedding), dtype)
-        return params._replace(recurrent={"embedding": table, "cell": params.recurrent})
-
-    def transition(theta: PyTree, hidden: PyTree, inputs: PyTree) -> PyTree:
-        return cell.transition(theta["cell"], hidden, theta["embedding"][inputs[0]])
-
-    return plain._replace(system=System(transition, plain.system.loss), init=init)
+    return embedded(cell, num_symbols, embedding)
 
 
 def copy_problem(length: int | tuple[int, int], size: Size, data: Path | None) -> Problem:
@@ -139,7 +105,7 @@ def copy_problem(length: int | tuple[int, int], size: Size, data: Path | None) -
     return Problem(
         summary=f"copy task, m = {length}: best perplexity 1, without memory"
         f" {copying.memoryless_perplexity():.3f}",
-        model=embedded(symbols, 6, size.width, layers=2),
+        model=lstms(symbols, 6, size.width, layers=2),
         train=tuple(train),
         valid=draw(VALID, held_out),
         test=draw(TEST, held_out),
@@ -160,26 +126,9 @@ def words_problem(name: str, load: Callable[[Path], words.Corpus], size: Size, d
     """Next words; an embedding as wide as the one layer of LSTM."""
     if data is None:
         raise ValueError(f"task {name!r} needs --data: the folder of its three files")
-    corpus = load(data)
-    parts = [tuple(text.lanes(part, size.streams)) for part in (corpus.train, corpus.valid, corpus.test)]
-    train, valid, test = _held_short(parts, size.steps)
-    used = f"{np.size(train[0]):,} of {len(corpus.train):,}"
-    return Problem(
-        summary=f"{corpus.source.name}: {used} to learn from, {corpus.vocabulary.size:,} different",
-        model=embedded(corpus.vocabulary.size, size.width, size.width, layers=1),
-        train=train,
-        valid=valid,
-        test=test,
+    return word_problem(
+        load(data), lambda count: lstms(count, size.width, size.width, layers=1), size.streams, size.steps
     )
-
-
-def _held_short(parts: Sequence[PyTree], steps: int) -> list[PyTree]:
-    """The first steps of every training stream, and a quarter of them held out; 0: all there are."""
-    limits = (steps or None, *[max(1, steps // 4) if steps else None] * 2)
-    return [
-        jax.tree.map(lambda leaf, limit=limit: leaf[:limit], part)
-        for part, limit in zip(parts, limits, strict=True)
-    ]
 
 
 def self_exciting_problem(size: Size, data: Path | None) -> Problem:
@@ -201,7 +150,7 @@ def self_exciting_problem(size: Size, data: Path | None) -> Problem:
 
 def point_process_problem(summary: str, parts: Sequence[PyTree], size: Size, scale: float) -> Problem:
     """Two layers of LSTM on marked events, an embedding as wide as they are."""
-    train, valid, test = _held_short(parts, size.steps)
+    train, valid, test = held_short(parts, size.steps)
     cell = cells.stack([cells.lstm(size.width + point_process.NUM_TIME_FEATURES, size.width),
                         cells.lstm(size.width, size.width)])  # fmt: skip
     num_marks = 1 + int(max(np.max(part[1].mark) for part in parts))

@@ -167,6 +167,41 @@ def adaptive_artbp(
     return Windowed(estimator, window, max(1, round(mean_length)))
 
 
+def target_propagation(
+    system: jtrunc.System,
+    *,
+    block_length: int = 10,
+    blocks: int = 4,
+    penalty: float = 0.1,
+    method: str = "admm",
+    hidden_steps: int = 1,
+    hidden_rate: float = 0.1,
+    dual_rate: float = 1.0,
+    initial: str = "forward",
+    loss_on: str = "predicted",
+    num_blocks: int = 0,
+) -> Windowed:
+    """States between blocks are variables: Adagrad on them, multipliers kept for num_blocks (0: for none).
+
+    A window is `blocks` blocks; num_blocks is the length of a stream / block-length, and a multiple of it.
+    The penalty is a sum over the streams, the loss a mean: λ is the penalty times the streams.
+    """
+    estimator = jtrunc.target_propagation(
+        system,
+        block_length,
+        penalty,
+        cast(Any, method),
+        hidden_steps,
+        hidden_optimizer=adagrad(hidden_rate),
+        dual_optimizer=optax.sgd(dual_rate),
+        initial=cast(Any, initial),
+        loss_on=cast(Any, loss_on),
+        num_blocks=num_blocks or None,
+    )
+    window = block_length * blocks
+    return Windowed(estimator, window, window)
+
+
 def _forward(estimator: jtrunc.GradientEstimator, window: int) -> Windowed:
     """A forward estimator follows one stream: each stream gets its own, and their gradients are averaged."""
     return Windowed(jtrunc.per_stream(estimator), window, window)
@@ -254,6 +289,11 @@ def rmsprop(learning_rate: Any, *, decay: float = 0.9) -> optax.GradientTransfor
     return optax.rmsprop(learning_rate, decay)
 
 
+def adagrad(learning_rate: Any, *, initial: float = 0.0) -> optax.GradientTransformation:
+    """Adagrad; the scale of the gradient cancels, but for `initial`, with which the sums of squares begin."""
+    return optax.adagrad(learning_rate, initial_accumulator_value=initial, eps=1e-10)
+
+
 def qdop(
     learning_rate: Any, *, prior: float = 20.0, decay: float = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -271,6 +311,7 @@ ESTIMATORS = {
     "windowed-bptt": windowed_bptt,
     "adaptive-bptt": adaptive_bptt,
     "bptt": bptt,
+    "target-propagation": target_propagation,
     "rtrl": rtrl,
     "nobacktrack": nobacktrack,
     "uoro": uoro,
@@ -280,4 +321,4 @@ ESTIMATORS = {
     "snap": snap,
     "eprop": eprop,
 }
-OPTIMIZERS = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "qdop": qdop}
+OPTIMIZERS = {"adam": adam, "sgd": sgd, "rmsprop": rmsprop, "adagrad": adagrad, "qdop": qdop}
