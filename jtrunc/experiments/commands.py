@@ -16,6 +16,7 @@ from jtrunc.experiments.names import describe
 from jtrunc.experiments.nobacktrack import NoBackTrack
 from jtrunc.experiments.ptb_characters import PtbCharacters
 from jtrunc.experiments.runs import Setup, compare, train
+from jtrunc.experiments.target_propagation import TargetPropagation
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Reproduce:
         | Annotated[PtbCharacters, tyro.conf.subcommand("ptb-characters", prefix_name=False)]
         | Annotated[NoBackTrack, tyro.conf.subcommand("nobacktrack", prefix_name=False)]
         | Annotated[Adaptive, tyro.conf.subcommand("adaptive", prefix_name=False)]
+        | Annotated[TargetPropagation, tyro.conf.subcommand("target-propagation", prefix_name=False)]
     )
 
     def run(self) -> list[Path]:

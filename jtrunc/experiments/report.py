@@ -24,7 +24,8 @@ def fresh_folder(path: Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
             f"output {str(path)!r} exists and is not empty: name another folder with --output, delete this"
-            " one, or go on with the run in it with --resume (train, compare, ptb-characters, adaptive)"
+            " one, or go on with the run in it with --resume (train, compare, ptb-characters, adaptive,"
+            " target-propagation)"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
