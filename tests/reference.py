@@ -10,12 +10,14 @@ Sources: ARTBP = "Unbiasing truncated backpropagation through time" (2017), eq. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Law = Callable[[int, Any], float]
 """``(elapsed, state) -> c``: elapsed = δt of eq. 14, 1 on the first step after a cut."""
@@ -26,31 +28,35 @@ Weights = Sequence[float] | np.ndarray
 
 
 # Pytrees as real vectors. A complex leaf counts as its real and its imaginary parts; integer and key
-# leaves carry no derivative and are left out.
+# leaves carry no derivative and are left out. What is not traced is NumPy's: it compiles nothing.
 
 
-def to_vector(tree: Any) -> jax.Array:
-    parts = [jnp.zeros(0)]
-    for leaf in map(jnp.asarray, jax.tree.leaves(tree)):
+def to_vector(tree: Any) -> Any:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    xp: Any = jnp if any(isinstance(leaf, Tracer) for leaf in leaves) else np
+    parts = [xp.zeros(0)]
+    for leaf in map(xp.asarray, leaves):
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             parts += [leaf.real.ravel(), leaf.imag.ravel()]
-        elif jnp.issubdtype(leaf.dtype, jnp.floating):
+        else:
             parts.append(leaf.ravel())
-    return jnp.concatenate([part.astype(jnp.float64) for part in parts])
+    return xp.concatenate([part.astype(np.float64) for part in parts])
 
 
 def from_vector(vector: Any, template: Any, conjugate: bool = False) -> Any:
     """The tree that `to_vector` came from. `conjugate`: jax's gradient of a complex leaf is ∂x − i∂y."""
     leaves, position = [], 0
-    for leaf in map(jnp.asarray, jax.tree.leaves(template)):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            real = vector[position : position + leaf.size].reshape(leaf.shape)
-            position += leaf.size
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-                imaginary = vector[position : position + leaf.size].reshape(leaf.shape)
-                position += leaf.size
+    for leaf in jax.tree.leaves(template):
+        dtype, shape = jnp.result_type(leaf), np.shape(leaf)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            size = math.prod(shape)
+            real = vector[position : position + size].reshape(shape)
+            position += size
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                imaginary = vector[position : position + size].reshape(shape)
+                position += size
                 real = real + (-1j if conjugate else 1j) * imaginary
-            leaf = real.astype(leaf.dtype)
+            leaf = real.astype(dtype)
         leaves.append(leaf)
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
