@@ -29,11 +29,16 @@ def deep(length: int, width: int) -> Case:
     return Case(model.system, params, model.initial_hidden((), jnp.float64), inputs)
 
 
+def plain(case: Case) -> Case:
+    """The same system without its declared structure."""
+    return case._replace(system=case.system._replace(structure=None))
+
+
 CASES = {
     "tanh": lambda length: systems.tanh(length),
     "nested": systems.nested,
-    "narrow stack": lambda length: deep(length, 3),
-    "wide stack": lambda length: deep(length, 16),
+    "stack": lambda length: deep(length, 6),
+    "plain stack": lambda length: plain(deep(length, 6)),
 }
 
 
@@ -74,7 +79,7 @@ class Point(NamedTuple):
 def forward_point(kind: str, length: int, block_length: int) -> Point:
     """The forward states, and multipliers of the size of a gradient."""
     case = CASES[kind](length)
-    ends = forward_states(*case, block_length)
+    ends = forward_states(*case, block_length=block_length)
     shape = (len(ends), to_vector(case.hidden).size)
     return Point(case, block_length, ends, 0.3 * np.random.default_rng(13).normal(size=shape))
 
@@ -166,7 +171,8 @@ def walk(estimator: Any, case: Case, windows: Any, rate: float, state: Any = Non
         return (descend(params, estimate.grads, rate), state), out
 
     (params, state), out = jax.jit(lambda *start: jax.lax.scan(step, start, windows))(case.params, state)
-    return Walk(*out, params, state)
+    grads, loss, diagnostics = out
+    return Walk(grads, loss, diagnostics, params, state)
 
 
 def windows_of(case: Case, num_windows: int, updates: int) -> Any:

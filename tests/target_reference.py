@@ -189,7 +189,6 @@ class Settings(NamedTuple):
 
     Attributes:
       penalty: ``count of updates -> λ``.
-      dual_rule: ``(penalty, residual, y) -> the ascent direction``; errata 25 wants λ r.
       forget: a wrong one: multipliers begin at zero in every window.
     """
 
@@ -203,7 +202,6 @@ class Settings(NamedTuple):
     loss_on: str = "predicted"
     initial: str = "forward"
     num_blocks: int | None = None
-    dual_rule: Callable[[float, np.ndarray, np.ndarray], np.ndarray] = lambda penalty, r, y: penalty * r
     forget: bool = False
 
 
@@ -302,12 +300,11 @@ class TargetPropagation:
             block.free = from_vector(old + step, block.free)
 
     def _dual_step(self, window: list[Block], penalty: float, residual: np.ndarray) -> None:
-        """y ← y + dual step of λ r: ascent, and an optimiser descends, so it is given −λ r."""
+        """y ← y + dual step of λ r (errata 25): an optimiser descends, so it is given −λ r."""
         for block, row in zip(window, residual, strict=True):
-            ascent = self.settings.dual_rule(penalty, row, block.multiplier)
-            optimizer = self.settings.dual_optimizer
-            step, block.dual_optimizer = optimizer.update(-ascent, block.dual_optimizer, block.multiplier)
-            block.multiplier = np.asarray(block.multiplier + step)
+            optimizer, old = self.settings.dual_optimizer, block.multiplier
+            step, block.dual_optimizer = optimizer.update(-penalty * row, block.dual_optimizer, old)
+            block.multiplier = np.asarray(old + step)
 
     def _leave(self, window: list[Block], last: Objective, true_end: Any) -> None:
         """Moves on to the next window; at the end of the data set, to its beginning."""

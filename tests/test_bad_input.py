@@ -347,6 +347,7 @@ EVERY_ESTIMATOR = {
     "artbp": artbp,
     "online": online,
     "adaptive": adaptive,
+    "targets": partial(jtrunc.target_propagation, block_length=3, penalty=0.1),
 }
 
 

@@ -32,6 +32,7 @@ DETERMINISTIC = {
     "artbp_every": partial(jtrunc.artbp, truncation=truncation.every(3)),
     "rtrl": jtrunc.rtrl,
     "snap": partial(jtrunc.snap, order=2),
+    "targets": partial(jtrunc.target_propagation, block_length=3, penalty=0.1, hidden_steps=0),
 }
 RANDOM = {
     "artbp_constant": partial(jtrunc.artbp, truncation=truncation.constant(0.3)),
@@ -312,6 +313,12 @@ COINCIDENCES = {
     "rtrl": (jtrunc.rtrl, jtrunc.bptt, True),
     "snap of a high order": (partial(jtrunc.snap, order=STEPS), jtrunc.rtrl, True),
     "snap of order 1": (partial(jtrunc.snap, order=1), jtrunc.rtrl, False),
+    "B = T": (
+        partial(jtrunc.target_propagation, block_length=STEPS, penalty=0.1, hidden_steps=0),
+        jtrunc.bptt,
+        True,
+    ),
+    "B < T": (DETERMINISTIC["targets"], jtrunc.bptt, False),
     "w = 1": (
         partial(jtrunc.artbp, truncation=truncation.given(jnp.zeros(STEPS), jnp.zeros(STEPS))),
         jtrunc.bptt,

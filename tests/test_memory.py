@@ -93,6 +93,17 @@ def test_the_online_window_needs_memory_for_its_look_ahead(structured):
     assert long <= 1.1 * temporary_bytes(jtrunc.bptt, 4000, structured)
 
 
+@pytest.mark.slow
+def test_target_propagation_needs_memory_in_proportion_to_time():
+    """All blocks at once hold what BPTT holds, whatever B; every further step on H needs no more."""
+    make = partial(jtrunc.target_propagation, block_length=50, penalty=0.1)
+    short, long = (temporary_bytes(make, t) for t in (500, 2000))
+    assert 3.0 < long / short < 4.5
+    assert long < 2 * temporary_bytes(jtrunc.bptt, 2000)
+    few, many = (temporary_bytes(partial(make, hidden_steps=steps), 2000) for steps in (2, 5))
+    assert few == many
+
+
 def test_200_window_lengths_need_one_compilation(key):
     case = systems.scalar(200)
 
@@ -128,6 +139,7 @@ MAKERS = {
     "windowed": partial(jtrunc.windowed_bptt, backward_steps=6, loss_steps=2),
     "artbp": partial(jtrunc.artbp, truncation=truncation.polynomial(3, 4)),
     "online_artbp": partial(jtrunc.online_artbp, truncation=truncation.constant(0.3)),
+    "targets": partial(jtrunc.target_propagation, block_length=3, penalty=0.1),
 }
 
 

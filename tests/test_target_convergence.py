@@ -81,7 +81,7 @@ def costates_of_blocks(solution: Solution, loss_on: str) -> np.ndarray:
     return (solution.costates if loss_on == "free" else later)[ENDS]
 
 
-def learner(method: str, loss_on: str, penalty: float = 1.0, rate: float = 0.2, **options: Any) -> Any:
+def learner(method: Any, loss_on: Any, penalty: float = 1.0, rate: float = 0.2, **options: Any) -> Any:
     return jtrunc.target_propagation(
         CASE.system, BLOCK, penalty, method, hidden_optimizer=optax.sgd(rate), loss_on=loss_on,
         initial="persistent", num_blocks=len(ENDS), **options,
@@ -131,8 +131,9 @@ def minimum_of_penalty(penalty: float) -> np.ndarray:
 def penalty_derivatives(vector: jax.Array, penalty: float) -> tuple[jax.Array, jax.Array]:
     def value(vector: jax.Array) -> jax.Array:
         params, free = jtrunc.Params(vector[:2]), vector[2:].reshape(-1, 2)
-        start, options = CASE.hidden, dict(block_length=BLOCK, penalty=penalty)
-        return targets.objective(CASE.system, params, start, free, CASE.inputs, **options)[0]
+        return targets.objective(
+            CASE.system, params, CASE.hidden, free, CASE.inputs, block_length=BLOCK, penalty=penalty
+        )[0]
 
     return jax.grad(value)(vector), jax.hessian(value)(vector)
 
@@ -163,10 +164,10 @@ def test_at_fixed_parameters_the_gradient_becomes_that_of_bptt():
 def test_dual_ascent_of_the_printed_objective_runs_away():
     """λ (r + u) is the derivative of eq. 7 as printed, whose −λ/2 ‖u‖² is no constant (errata 25)."""
 
-    def printed(updates: Any, state: Any, multipliers: Any = None) -> Any:
-        return jax.tree.map(lambda g, y: -0.1 * g + 0.1 * y, updates, multipliers), state
+    def printed(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g, y: -0.1 * g + 0.1 * y, updates, params), state
 
-    wrong = optax.GradientTransformation(lambda multipliers: optax.EmptyState(), printed)
+    wrong = optax.GradientTransformation(lambda params: optax.EmptyState(), printed)
     norms = []
     for dual_optimizer in (optax.sgd(0.1), wrong):
         walked = settled(learner("admm", "predicted", dual_optimizer=dual_optimizer), 500, rate=0.0)

@@ -16,7 +16,7 @@ from jtrunc.backward.two_phase import two_phase_pays
 from tests import reference, systems, target_reference
 from tests.compare import assert_close, differ
 from tests.reference import from_vector, to_vector
-from tests.target_cases import Point, floats_only, forward_point, moved, point, row, slopes, stacked
+from tests.target_cases import CASES, Point, floats_only, forward_point, moved, point, row, slopes, stacked
 
 PENALTY = 0.7
 
@@ -42,8 +42,8 @@ GRID = [
     ("tanh", 4, 3, "free", "quadratic"),
     ("tanh", 3, 3, "predicted", "own"),
     ("nested", 3, 2, "free", "quadratic"),
-    ("narrow stack", 3, 2, "predicted", "quadratic"),
-    ("wide stack", 4, 2, "free", "quadratic"),
+    ("stack", 3, 2, "predicted", "quadratic"),
+    ("plain stack", 4, 2, "free", "quadratic"),
 ]
 every_problem = pytest.mark.parametrize(("kind", "length", "block_length", "loss_on", "constraint"), GRID)
 
@@ -81,14 +81,16 @@ def test_the_loss_is_on_the_state_that_was_asked_for():
     assert differ(slopes(at, PENALTY).free, wrong.free)
 
 
-def test_the_stacks_take_both_passes():
-    """Two phases where the blocks are few beside the width, and not where they are many."""
-    for kind, expected in [("wide stack", True), ("narrow stack", False)]:
-        case, _, states, _ = point(kind, 4, 2)
-        system = targets.over_blocks(case.system)
-        steps = jax.tree.map(lambda leaf: jnp.stack([leaf[:2], leaf[2:]], axis=1), case.inputs)
-        pays = two_phase_pays(system.structure, case.params.recurrent, stacked(states), steps)
-        assert pays is expected
+@pytest.mark.parametrize(("kind", "blocks", "expected"), [
+    ("stack", 2, True), ("stack", 300, False), ("plain stack", 2, False),
+])  # fmt: skip
+def test_a_structure_is_kept_over_blocks(kind, blocks, expected):
+    """Few blocks of a stack go back in two phases, many as plain steps; the grid above has either."""
+    case = CASES[kind](4)
+    system = targets.over_blocks(case.system)
+    hidden = stacked([case.hidden] * blocks)
+    inputs = jax.tree.map(lambda leaf: jnp.stack([leaf[:2]] * blocks, axis=1), case.inputs)
+    assert two_phase_pays(system.structure, case.params.recurrent, hidden, inputs) is expected
 
 
 @pytest.mark.slow

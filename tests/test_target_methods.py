@@ -74,8 +74,10 @@ PLANS = {
 
 def settings_of(plan: Plan) -> Settings:
     penalty = plan.options["penalty"]
-    law = penalty if callable(penalty) else lambda count: penalty
-    return Settings(plan.block_length, **plan.options | {"penalty": law})
+    options: dict[str, Any] = plan.options | {
+        "penalty": penalty if callable(penalty) else lambda count: penalty
+    }
+    return Settings(plan.block_length, **options)
 
 
 def expected(plan: Plan, **changes: Any) -> tuple[list[Any], TargetPropagation, Any]:

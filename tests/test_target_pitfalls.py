@@ -105,7 +105,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def on_one_device(method: str) -> tuple[Any, Any]:
+def on_one_device(method: Any) -> tuple[Any, Any]:
     """The estimator on sixteen blocks, and a state that takes `hidden` for H everywhere."""
     case, options = SPLIT[method], OPTIONS[method]
     estimator = jtrunc.target_propagation(case.system, 2, 0.8, method, num_blocks=16, **options)
