@@ -43,9 +43,7 @@ def perplexities(result: Result) -> np.ndarray:
 
 def print_table(given: Table, results: Results) -> None:
     """What the paper has, ours beside it: mean (standard deviation over seeds)."""
-    print(
-        "\nBest validation perplexity of all epochs, parameters frozen: mean (standard deviation over seeds)"
-    )
+    print("\nBest validation perplexity of all epochs, mean (standard deviation over seeds)")
     if given.methods is table_two:
         print(_table_two(results), flush=True)
     elif given.methods is figure_three:
@@ -173,7 +171,7 @@ def _claims_three(means: Mapping[Method, float]) -> list[dict[str, Any]]:
 def pictures(given: Table, results: Results, folder: Path) -> list[Path]:
     """Validation curves of all methods, and the paper's figure."""
     curves = {
-        method.label: Curve(result["epochs"], np.exp(np.asarray(result["valid"], float)))
+        method.label: Curve(result["epochs"], result["valid"])
         for method, result in results.items()
         if result["epochs"]
     }
@@ -182,9 +180,8 @@ def pictures(given: Table, results: Results, folder: Path) -> list[Path]:
             curves,
             folder / "curves.png",
             x_label="epochs",
-            y_label="validation perplexity",
+            y_label="validation loss (nats a word)",
             title=given.title,
-            log_log=True,
         )
     ]
     if given.methods is figure_three:
@@ -205,7 +202,8 @@ def picture_of_steps(given: Table, results: Results, path: Path) -> Path:
         found = {m: perplexities(results[m]) for m in shown}
         paper = {m: np.array([given.published[m.label]]) for m in found if m.label in given.published}
         for axes, values in ((ours, found), (theirs, paper)):
-            _steps_of(axes, {m.hidden_steps: v for m, v in values.items()}, f"C{i}", f"B = {length}")
+            by_steps = {m.hidden_steps: v for m, v in values.items()}
+            _steps_of(axes, numbers, by_steps, f"C{i}", f"B = {length}")
     for axes, title in ((ours, "here"), (theirs, "the paper")):
         axes.set(title=title, xlabel="steps on H", ylabel="validation perplexity", xticks=range(len(numbers)))
         axes.set_xticklabels([str(number) for number in numbers])
@@ -216,13 +214,15 @@ def picture_of_steps(given: Table, results: Results, path: Path) -> Path:
     return path
 
 
-def _steps_of(axes: Axes, values: Mapping[int | None, np.ndarray], color: str, label: str) -> None:
-    """One B: every seed a point, their mean a line."""
-    known = sorted(number for number in values if number is not None)
-    means = [values[number].mean() for number in known]
-    axes.plot(range(len(known)), means, "o-", color=color, label=label, linewidth=1.3, markersize=4)
-    for x, number in enumerate(known):
-        axes.plot(np.full(len(values[number]), x), values[number], "_", color=color, markersize=9)
+def _steps_of(
+    axes: Axes, numbers: list[int], values: Mapping[int | None, np.ndarray], color: str, label: str
+) -> None:
+    """One B: every seed a dash, their mean a line; x is the position in `numbers`."""
+    known = [(x, values[number]) for x, number in enumerate(numbers) if number in values]
+    means = [of_seeds.mean() for _, of_seeds in known]
+    axes.plot([x for x, _ in known], means, "o-", color=color, label=label, linewidth=1.3, markersize=4)
+    for x, of_seeds in known:
+        axes.plot(np.full(len(of_seeds), x), of_seeds, "_", color=color, markersize=9)
     if None in values:
         axes.axhline(values[None].mean(), color=color, linestyle="--", linewidth=1.1)
 
