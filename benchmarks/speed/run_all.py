@@ -17,6 +17,7 @@ QUESTIONS = (
     "rank_one",
     "influences",
     "rank_one_memory",
+    "target_blocks",
 )
 
 
