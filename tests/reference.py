@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +64,19 @@ def from_vector(vector: Any, template: Any, conjugate: bool = False) -> Any:
 
 def steps_of(inputs: Any) -> list[Any]:
     """Time-major inputs as a list of the inputs of each step."""
+    inputs = window(inputs, 0, None)
     length = len(jax.tree.leaves(inputs)[0])
     return [jax.tree.map(lambda leaf, t=t: leaf[t], inputs) for t in range(length)]
+
+
+def window(inputs: Any, start: int, stop: int | None) -> Any:
+    """The steps start … stop − 1 of time-major inputs; slices of NumPy arrays compile nothing."""
+
+    def cut(leaf: Any) -> Any:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return leaf[start:stop] if is_key or isinstance(leaf, Tracer) else np.asarray(leaf)[start:stop]
+
+    return jax.tree.map(cut, inputs)
 
 
 class Linearised(NamedTuple):
@@ -95,24 +107,30 @@ class Linearised(NamedTuple):
 
 def linearise(system: Any, params: Any, hidden: Any, inputs: Any) -> Linearised:
     """Runs the system forward, one step at a time, with the Jacobians of each step."""
-
-    def transition(theta: jax.Array, state: jax.Array, hidden: Any, x: Any) -> tuple[jax.Array, Any]:
-        new = system.transition(from_vector(theta, params.recurrent), from_vector(state, hidden), x)
-        return to_vector(new), new
-
-    def loss(vector: jax.Array, state: jax.Array, hidden: Any, x: Any) -> jax.Array:
-        return system.loss(from_vector(vector, params), from_vector(state, hidden), x)[0].astype(jnp.float64)
-
-    transition_jacobians = jax.jit(jax.jacrev(transition, argnums=(0, 1), has_aux=True))
-    loss_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    transition_jacobians, loss_gradients = _derivatives(system)
     theta, vector = to_vector(params.recurrent), to_vector(params)
     states, rows = [hidden], []
     for x in steps_of(inputs):
-        (by_theta, by_state), hidden = transition_jacobians(theta, to_vector(hidden), hidden, x)
-        value, (loss_by_params, loss_by_state) = loss_gradients(vector, to_vector(hidden), hidden, x)
+        (by_theta, by_state), hidden = transition_jacobians(theta, to_vector(hidden), params, hidden, x)
+        value, (loss_by_params, loss_by_state) = loss_gradients(vector, to_vector(hidden), params, hidden, x)
         states.append(hidden)
         rows.append((value, by_state, by_theta, loss_by_state, loss_by_params))
     return Linearised(params, states, *(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+@cache
+def _derivatives(system: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Of a step and of its loss, by vectors; compiled once a system."""
+
+    def transition(theta: Any, state: Any, params: Any, hidden: Any, x: Any) -> tuple[jax.Array, Any]:
+        new = system.transition(from_vector(theta, params.recurrent), from_vector(state, hidden), x)
+        return to_vector(new), new
+
+    def loss(vector: Any, state: Any, params: Any, hidden: Any, x: Any) -> jax.Array:
+        return system.loss(from_vector(vector, params), from_vector(state, hidden), x)[0].astype(jnp.float64)
+
+    jacobians = jax.jacrev(transition, argnums=(0, 1), has_aux=True)
+    return jax.jit(jacobians), jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 def piece(run: Linearised, start: int, stop: int) -> Linearised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jtrunc import cells
 from jtrunc.base import Params, System
 from jtrunc.cells.model import reading_first
 from jtrunc.structure import Affine, Stack, Structure, transition_of
-from tests.reference import to_vector
+from tests.reference import to_vector, window
 
 
 class Case(NamedTuple):
@@ -25,32 +26,37 @@ class Case(NamedTuple):
     inputs: Any
 
     def window(self, start: int, stop: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[start:stop], self.inputs)
+        return window(self.inputs, start, stop)
 
 
 def _normal(generator: np.random.Generator, *shape: int, dtype: Any = jnp.float64) -> jax.Array:
     return jnp.asarray(generator.normal(size=shape), dtype)
 
 
-def scalar(length: int, dtype: Any = jnp.float64) -> Case:
-    """One tanh unit, three parameters: small enough to draw 2·10⁵ estimates in a second."""
+# What a maker returns for different lengths has one system: what is compiled for it is compiled once.
 
+
+@cache
+def _scalar_system() -> System:
     def transition(theta: jax.Array, hidden: jax.Array, inputs: jax.Array) -> jax.Array:
         return jnp.tanh(theta[0] * hidden + theta[1] * inputs)
 
     def loss(params: Params, hidden: jax.Array, inputs: jax.Array) -> tuple[jax.Array, tuple[()]]:
         return 0.5 * (params.readout * hidden - inputs) ** 2, ()
 
+    return System(transition, loss)
+
+
+def scalar(length: int, dtype: Any = jnp.float64) -> Case:
+    """One tanh unit, three parameters: small enough to draw 2·10⁵ estimates in a second."""
     generator = np.random.default_rng(1)
     params = Params(jnp.asarray([1.2, 0.4], dtype), jnp.asarray(0.7, dtype))
-    return Case(
-        System(transition, loss), params, jnp.asarray(0.3, dtype), _normal(generator, length, dtype=dtype)
-    )
+    inputs = _normal(generator, length, dtype=dtype)
+    return Case(_scalar_system(), params, jnp.asarray(0.3, dtype), inputs)
 
 
-def tanh(length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
-    """A tanh network with a linear readout; its memory outlives the window."""
-
+@cache
+def _tanh_system() -> System:
     def transition(theta: dict[str, jax.Array], hidden: jax.Array, inputs: jax.Array) -> jax.Array:
         return jnp.tanh(hidden @ theta["W"] + inputs @ theta["U"] + theta["b"])
 
@@ -58,6 +64,11 @@ def tanh(length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
         prediction = hidden @ params.readout
         return 0.5 * jnp.sum((prediction - inputs) ** 2), prediction
 
+    return System(transition, loss)
+
+
+def tanh(length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
+    """A tanh network with a linear readout; its memory outlives the window."""
     generator = np.random.default_rng(2)
     theta = {
         "W": 0.9 * jnp.asarray(np.linalg.qr(generator.normal(size=(width, width)))[0], dtype),
@@ -65,9 +76,8 @@ def tanh(length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
         "b": 0.1 * _normal(generator, width, dtype=dtype),
     }
     params = Params(theta, _normal(generator, width, 2, dtype=dtype))
-    return Case(
-        System(transition, loss), params, jnp.zeros(width, dtype), _normal(generator, length, 2, dtype=dtype)
-    )
+    inputs = _normal(generator, length, 2, dtype=dtype)
+    return Case(_tanh_system(), params, jnp.zeros(width, dtype), inputs)
 
 
 class Nested(NamedTuple):
@@ -84,10 +94,8 @@ class Datum(NamedTuple):
     labels: dict[str, jax.Array]
 
 
-def nested(length: int, dtype: Any = jnp.float64) -> Case:
-    """NamedTuples and dicts everywhere, complex, integer and key leaves, tied weights in the loss."""
-    complex_dtype = jnp.result_type(dtype, jnp.complex64)
-
+@cache
+def _nested_system(dtype: Any) -> System:
     def transition(theta: dict[str, Any], hidden: Nested, inputs: Datum) -> Nested:
         key, draw = jax.random.split(hidden.key)
         noise = jax.random.normal(draw, (2,), dtype)
@@ -102,6 +110,12 @@ def nested(length: int, dtype: Any = jnp.float64) -> Case:
         prediction = chosen * hidden.cells["a"].sum() + (params.recurrent["turn"] * hidden.phasor).imag
         return (prediction - inputs.x.sum()) ** 2, {"prediction": prediction, "clock": hidden.clock}
 
+    return System(transition, loss)
+
+
+def nested(length: int, dtype: Any = jnp.float64) -> Case:
+    """NamedTuples and dicts everywhere, complex, integer and key leaves, tied weights in the loss."""
+    complex_dtype = jnp.result_type(dtype, jnp.complex64)
     generator = np.random.default_rng(3)
     turn = jnp.asarray(0.5 + 0.4j, complex_dtype)
     rates = (jnp.asarray(0.6, dtype), _normal(generator, 2, dtype=dtype))
@@ -114,7 +128,7 @@ def nested(length: int, dtype: Any = jnp.float64) -> Case:
     )
     which = jnp.asarray(generator.integers(3, size=length), jnp.int32)
     inputs = Datum(_normal(generator, length, 2, dtype=dtype), {"which": which})
-    return Case(System(transition, loss), Params({"turn": turn, "rates": rates}, readout), hidden, inputs)
+    return Case(_nested_system(dtype), Params({"turn": turn, "rates": rates}, readout), hidden, inputs)
 
 
 def exploding(length: int) -> Case:
@@ -178,9 +192,14 @@ CELLS: dict[str, Callable[[int], cells.Cell]] = {
 }
 
 
+@cache
+def _model(name: str, width: int) -> cells.Model:
+    return cells.model(CELLS[name](width), 2, lambda prediction, target: jnp.sum((prediction - target) ** 2))
+
+
 def structured(name: str, length: int, width: int = 3, dtype: Any = jnp.float64) -> Case:
     """A cell of the library with a linear readout, away from its initial zeros."""
-    model = cells.model(CELLS[name](width), 2, lambda prediction, target: jnp.sum((prediction - target) ** 2))
+    model = _model(name, width)
     generator = np.random.default_rng(7)
     params = jax.tree.map(
         lambda leaf: leaf + 0.2 * _normal(generator, *leaf.shape, dtype=dtype),
