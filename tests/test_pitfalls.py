@@ -28,8 +28,9 @@ def update(estimator, case, key=None):
 def walk(estimator, case, chunk, length, key=None):
     """Estimates of consecutive chunks at fixed parameters; the last one may be short."""
     state, estimates = estimator.init(case.params, case.hidden, key), []
+    update = jax.jit(estimator.update)
     for start in range(0, length, chunk):
-        estimate, state = estimator.update(case.params, state, case.window(start, min(start + chunk, length)))
+        estimate, state = update(case.params, state, case.window(start, min(start + chunk, length)))
         estimates.append(estimate)
     return estimates
 
