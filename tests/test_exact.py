@@ -25,7 +25,16 @@ CELLS = {
     "stack": lambda: cells.stack([cells.lstm(2, 3), cells.gru(3, 2)]),
 }
 LENGTHS = (1, 2, 17, 200)
-BATCHED = {"plain": (), "batched": (2,)}
+
+
+def every_cell_and_length(lengths: tuple[int, ...], usual: int) -> Any:
+    """All pairs; those of the LSTM and those of the usual length are in the fast tier."""
+    pairs = [
+        pytest.param(cell, length, marks=() if cell == "lstm" or length == usual else pytest.mark.slow)
+        for cell in CELLS
+        for length in lengths
+    ]
+    return pytest.mark.parametrize(("cell", "length"), pairs)
 
 
 def squared_error(prediction: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,8 +95,7 @@ def walk(estimator: Any, case: Case, chunks: list[int]) -> tuple[list[Any], Any]
     return estimates, state
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("cell", CELLS)
+@every_cell_and_length(LENGTHS, 17)
 def test_bptt_is_the_plain_loop_and_jax_grad(cell, length):
     case, run = first(cell_case(cell), length), prefix(run_of(cell), length)
     result, state = estimate(jtrunc.bptt(case.system), case)
@@ -98,7 +106,9 @@ def test_bptt_is_the_plain_loop_and_jax_grad(cell, length):
     assert_close(state.hidden, run.states[-1])
 
 
-@pytest.mark.parametrize("checkpoint", ["sqrt", 1, 5, 17, 100])
+@pytest.mark.parametrize(
+    "checkpoint", ["sqrt", 5, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 17, 100))]
+)
 def test_checkpointing_changes_no_gradient(checkpoint):
     case, run = first(cell_case("lstm"), 17), prefix(run_of("lstm"), 17)
     result, state = estimate(jtrunc.bptt(case.system, checkpoint=checkpoint), case)
@@ -107,8 +117,7 @@ def test_checkpointing_changes_no_gradient(checkpoint):
     assert result.aux.loss.shape == (17, 2) and result.num_steps == 17
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("cell", CELLS)
+@every_cell_and_length(LENGTHS, 17)
 def test_truncated_bptt_is_equation_9(cell, length):
     case, run = first(cell_case(cell), length), prefix(run_of(cell), length)
     result, state = estimate(jtrunc.truncated_bptt(case.system, 5), case)
@@ -120,8 +129,7 @@ def test_truncated_bptt_is_equation_9(cell, length):
     assert_close(state.hidden, run.states[-1])
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
-@pytest.mark.parametrize("cell", CELLS)
+@every_cell_and_length((1, 2, 7), 7)
 def test_windowed_bptt_is_equation_15(cell, length):
     """The window is full (K₁ + 1 = 7 inputs) or, at the start of a stream, shorter."""
     case, run = first(cell_case(cell), length), prefix(run_of(cell), length)
