@@ -1,7 +1,7 @@
 # Everything sets itself up in .venv; a fresh machine needs Python 3.11 or newer and make.
 #   make demo       the first paper's figure, then a small language model (two minutes after set-up)
 #   make test       lint, types, all tests, notebooks
-#   make test-fast  the tests without those marked slow
+#   make test-fast  the tests without those marked slow and without the examples of the docstrings
 #   make lint       ruff and pyright
 #   make benchmark  the speed tables (long)
 
@@ -11,6 +11,8 @@
 BIN := .venv/bin
 READY := .venv/.ready
 WORKERS := 2
+# Each worker begins with a half of the files, so that what a file caches is computed by one worker.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The newest Python that can make an environment: a name on the PATH may be a shim that does not run.
 $(READY): pyproject.toml
@@ -35,10 +37,10 @@ lint: $(READY)
 	@$(BIN)/pyright
 
 test: lint
-	@$(BIN)/python -m pytest -n $(WORKERS) tests jtrunc
+	@$(PYTEST) tests jtrunc
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests jtrunc
+	@$(PYTEST) -m "not slow" tests
 
 benchmark: $(READY)
 	@$(BIN)/python benchmarks/speed/run_all.py
