@@ -13,12 +13,19 @@ from jtrunc.base import Params, PyTree, System
 
 def check_size(owner: str, name: str, value: Any) -> int:
     """A positive Python integer, or a clear error."""
+    return _check_integer(owner, name, value, 1, "a positive integer")
+
+
+def check_count(owner: str, name: str, value: Any) -> int:
+    """A Python integer of at least 0, or a clear error."""
+    return _check_integer(owner, name, value, 0, "an integer of at least 0")
+
+
+def _check_integer(owner: str, name: str, value: Any, least: int, wanted: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(
-            f"{owner}: `{name}` must be a positive integer, not {value!r} ({type(value).__name__})"
-        )
-    if value < 1:
-        raise ValueError(f"{owner}: `{name}` must be at least 1, not {value}")
+        raise TypeError(f"{owner}: `{name}` must be {wanted}, not {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(f"{owner}: `{name}` must be at least {least}, not {value}")
     return int(value)
 
 
@@ -109,13 +116,13 @@ def check_step(system: System, params: Params, hidden: PyTree, inputs: PyTree) -
     value = jax.eval_shape(system.loss, params, hidden_aval, inputs_aval)
     if not (isinstance(value, tuple) and len(value) == 2):
         raise TypeError(
-            f"`system.loss` must return (scalar, aux), not {_shown(value)}; "
+            f"`system.loss` must return (scalar, aux), not {shown(value)}; "
             "return (loss, ()) if there is no aux"
         )
     scalar = value[0]
     if not hasattr(scalar, "shape") or scalar.shape != ():
         raise ValueError(
-            f"`system.loss` must return a scalar first, not {_shown(scalar)}; sum or average over the batch"
+            f"`system.loss` must return a scalar first, not {shown(scalar)}; sum or average over the batch"
         )
     if not jnp.issubdtype(scalar.dtype, jnp.floating):
         raise TypeError(f"`system.loss` must return a real floating scalar, not dtype {scalar.dtype}")
@@ -144,7 +151,25 @@ def check_same_state(what: str, before: PyTree, after: PyTree, name: str = "hidd
             )
 
 
-def _shown(value: Any) -> str:
+def check_alike(owner: str, name: str, given: PyTree, like: str, expected: PyTree) -> None:
+    """Structure, shapes and dtypes of an argument are those of another, or an error names both."""
+    if jax.tree.structure(given) != jax.tree.structure(expected):
+        raise TypeError(
+            f"{owner}: `{name}` must have the structure of {like}, {jax.tree.structure(expected)}, not "
+            f"{jax.tree.structure(given)}"
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(given), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), wanted in pairs:
+        if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+            error = TypeError if leaf.shape == wanted.shape else ValueError
+            raise error(
+                f"{owner}: `{name}{jax.tree_util.keystr(path)}` must be like {like}, {shown(wanted)}, not "
+                f"{shown(leaf)}; reshape or cast it"
+            )
+
+
+def shown(value: Any) -> str:
+    """An array as its dtype and shape, anything else as its type."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     return type(value).__name__

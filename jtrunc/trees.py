@@ -127,6 +127,11 @@ def write_row(tree: PyTree, index: Any, row: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, index, 0), tree, row)
 
 
+def repeated(tree: PyTree, count: int) -> PyTree:
+    """`count` rows of a tree."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), tree)
+
+
 def strongly_typed(tree: PyTree) -> PyTree:
     """Leaves as arrays without weak types, so that a state has the same type before and after an update."""
 

@@ -90,15 +90,15 @@ UPDATES = {
     "a legacy key": Bad(update(make, jax.random.PRNGKey(0)), TypeError, ("key", "uint32")),
 }
 OBJECTIVES = {
-    "free: too few": Bad(objective(free=jnp.zeros((2, 3))), ValueError, ("free", "3", "(2, 3)")),
-    "free: other width": Bad(objective(free=jnp.zeros((3, 4))), ValueError, ("free", "(3,)", "(4,)")),
+    "free: too few": Bad(objective(free=jnp.zeros((2, 3))), ValueError, ("free", "[3, 3]", "[2, 3]")),
+    "free: other width": Bad(objective(free=jnp.zeros((3, 4))), ValueError, ("free", "[3, 3]", "[3, 4]")),
     "free: other dtype": Bad(objective(free=jnp.zeros((3, 3), jnp.float32)), TypeError, ("free", "float32")),
     "objective: block_length 0": Bad(objective(block_length=0), ValueError, ("block_length", "0")),
     "objective: loss_on": Bad(objective(loss_on="h"), ValueError, ("loss_on", "'h'")),
     "multipliers: other shape": Bad(
         objective(multipliers=jnp.zeros((2, 3))),
         (ValueError, TypeError),  # pyright: ignore[reportArgumentType]
-        ("multipliers", "(2, 3)"),
+        ("multipliers", "[2, 3]"),
     ),
     "forward_states: block_length": Bad(
         lambda: targets.forward_states(*CASE, block_length=0), ValueError, ("block_length", "0")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Params, PyTree, System
-from jtrunc.checks import check_choice, check_same_state, check_size, check_step, check_system
+from jtrunc.checks import check_alike, check_choice, check_size, check_step, check_system, shown
 from jtrunc.targets.blocks import cut_into_blocks, num_blocks_of, run_blocks
 from jtrunc.targets.constraints import Constraint, inner_product, quadratic, residual_of
-from jtrunc.trees import strongly_typed
+from jtrunc.trees import inexact_part, repeated, strongly_typed
 
 LossOn = Literal["predicted", "free"]
 
@@ -79,7 +80,7 @@ def objective(
       >>> system = System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
       >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(4, jnp.float32)
       >>> value, terms = objective(
-      ...     system, params, jnp.float32(0), jnp.array([1.0, 2.0]), inputs, block_length=2, penalty=2.0)
+      ...     system, params, jnp.float32(0), jnp.float32([1, 2]), inputs, block_length=2, penalty=2.0)
       >>> terms.predicted.tolist(), float(terms.loss), float(value)
       ([1.5, 1.75], 5.75, 6.0625)
     """
@@ -89,14 +90,11 @@ def objective(
     start, free = strongly_typed((start, free))
     length = check_step(system, params, start, inputs)
     expected = num_blocks_of(length, block_length)
-    if any(jnp.shape(leaf)[:1] != (expected,) for leaf in jax.tree.leaves(free)):
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(free)]
-        raise ValueError(
-            f"objective: {length} steps in blocks of {block_length} are {expected} blocks, so every leaf of "
-            f"`free` needs {expected} rows, not the shapes {shapes}; see jtrunc.targets.forward_states"
-        )
+    wanted = f"`start` with {expected} rows ({length} steps in blocks of {block_length})"
+    check_alike("objective", "free", free, wanted, jax.eval_shape(partial(repeated, count=expected), start))
+    if multipliers is not None:
+        check_alike("objective", "multipliers", multipliers, "the float leaves of `free`", inexact_part(free))
     starts = starts_of(start, free)
-    check_same_state("objective: `free`, row by row,", start, jax.tree.map(lambda leaf: leaf[0], starts))
     terms = block_terms(system, params, starts, free, inputs, block_length, constraint, loss_on)
     return lagrangian(terms, penalty, multipliers), terms
 
@@ -120,13 +118,19 @@ def block_terms(
     blocks = cut_into_blocks(system, inputs, block_length)
     read = free if loss_on == "free" else None
     predicted, (loss, aux) = run_blocks(blocks, params, starts, read)
-    costs = jax.vmap(constraint, in_axes=(None, 0, 0))(params, predicted, free)
-    if jnp.ndim(costs) != 1 or not jnp.issubdtype(costs.dtype, jnp.floating):
+    costs = jax.vmap(partial(_cost, constraint), in_axes=(None, 0, 0))(params, predicted, free)
+    return Terms(loss, jnp.sum(costs), predicted, residual_of(predicted, free), aux)
+
+
+def _cost(constraint: Constraint, params: Params, predicted: PyTree, free: PyTree) -> jax.Array:
+    value = constraint(params, predicted, free)
+    scalar = hasattr(value, "dtype") and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
+    if not scalar:
         raise ValueError(
             "target propagation: `constraint(params, predicted, free)` must return a real scalar, not "
-            f"{costs.dtype}{list(costs.shape[1:])}; sum over the state"
+            f"{shown(value)}; sum over the state"
         )
-    return Terms(loss, jnp.sum(costs), predicted, residual_of(predicted, free), aux)
+    return value
 
 
 def lagrangian(terms: Terms, penalty: Any, multipliers: PyTree) -> jax.Array:

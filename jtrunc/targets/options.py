@@ -7,11 +7,11 @@ from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from jtrunc.base import System
-from jtrunc.checks import check_choice, check_size, check_system
+from jtrunc.checks import check_choice, check_count, check_size, check_system
 from jtrunc.targets.blocks import num_blocks_of
 from jtrunc.targets.constraints import Constraint
 from jtrunc.targets.objective import LossOn
@@ -53,8 +53,7 @@ def check_options(options: Options) -> None:
     check_choice(owner, "loss_on", options.loss_on, LossOn)
     check_choice(owner, "initial", options.initial, Initial)
     _check_penalty(options.penalty)
-    if options.hidden_steps != 0:
-        check_size(owner, "hidden_steps", options.hidden_steps)
+    check_count(owner, "hidden_steps", options.hidden_steps)
     for name in ("hidden_optimizer", "dual_optimizer"):
         if not isinstance(getattr(options, name), optax.GradientTransformation):
             raise TypeError(f"{owner}: `{name}` must be an optax optimiser, not {getattr(options, name)!r}")
@@ -80,7 +79,7 @@ def check_options(options: Options) -> None:
 def _check_penalty(penalty: Any) -> None:
     if callable(penalty) or isinstance(penalty, jax.Array):
         return
-    if isinstance(penalty, bool) or not isinstance(penalty, (Real, np.ndarray)):
+    if isinstance(penalty, bool) or not isinstance(penalty, Real):
         raise TypeError(
             "target_propagation: `penalty` must be a number λ or a schedule count -> λ, not "
             f"{penalty!r}; a constraint function goes to `constraint`"
@@ -108,3 +107,16 @@ def check_window(options: Options, state: TargetState, length: int) -> int:
             f"update ({length} steps in blocks of {options.block_length}); cut the data to whole updates"
         )
     return count
+
+
+def penalty_at(options: Options, count: jax.Array) -> Any:
+    """λ after `count` updates."""
+    if not callable(options.penalty):
+        return options.penalty
+    value: Any = options.penalty(count)
+    if jnp.shape(value) != ():
+        raise ValueError(
+            "target_propagation: the schedule `penalty(count)` must return a scalar λ, not an array of shape "
+            f"{jnp.shape(value)}"
+        )
+    return value

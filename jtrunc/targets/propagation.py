@@ -15,9 +15,9 @@ from jtrunc.devices import anchor, vary
 from jtrunc.targets.blocks import forward_states
 from jtrunc.targets.constraints import Constraint, inner_product, quadratic
 from jtrunc.targets.objective import LossOn, Terms, block_terms, lagrangian, starts_of
-from jtrunc.targets.options import Initial, Method, Options, Penalty, check_options, check_window
-from jtrunc.targets.state import OfBlocks, TargetState, read_window, repeated, write_window
-from jtrunc.trees import inexact_part, is_key, strongly_typed, with_inexact_part
+from jtrunc.targets.options import Initial, Method, Options, Penalty, check_options, check_window, penalty_at
+from jtrunc.targets.state import OfBlocks, TargetState, read_window, write_window
+from jtrunc.trees import inexact_part, is_key, repeated, strongly_typed, with_inexact_part
 
 
 def target_propagation(
@@ -69,7 +69,8 @@ def target_propagation(
         visited start at the forward states.
       num_blocks: blocks of the whole data set, a multiple of those of an update. What belongs to a block is
         then kept until the data come round again, every round beginning with the state given to `init`.
-        None: every update brings new data, whose multipliers begin at 0.
+        Every update must then have the same number of steps. None: every update brings new data, whose
+        multipliers begin at 0.
       axis_name: under `jax.shard_map`, the mesh axis over which the time axis of `inputs` and the per-block
         state are split, in order (see `jtrunc.targets.partition_specs`); each update is the whole data set.
         Only the states between devices and sums of gradients travel. H begins as `hidden` in every block.
@@ -141,16 +142,16 @@ def _update(
 ) -> tuple[Estimate, TargetState]:
     stored = read_window(state, check_window(options, state, length))
     template, multipliers, end = _enter(options, params, state, stored, inputs)
-    penalty = options.penalty(state.count) if callable(options.penalty) else options.penalty
+    penalty = penalty_at(options, state.count)
     problem = _Problem(options, state.hidden, template, inputs, penalty)
     floats = inexact_part(template)
     visited = jax.tree.map(jnp.ones_like, stored.visited)
     window = OfBlocks(floats, multipliers, *_optimizer_states(options, stored, floats), visited)
 
     def hidden_step(window: OfBlocks, gradient: PyTree) -> OfBlocks:
-        floats, optimizer_state = _descend(
-            options.hidden_optimizer, gradient, window.hidden_optimizer, window.free
-        )
+        descent = jax.tree.map(jnp.conj, gradient)  # JAX's gradient of complex leaves is ∂x − i ∂y
+        of_hidden = options.hidden_optimizer, descent
+        floats, optimizer_state = _descend(*of_hidden, window.hidden_optimizer, window.free)
         return window._replace(free=floats, hidden_optimizer=optimizer_state)
 
     def iteration(_: Any, window: OfBlocks) -> OfBlocks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jtrunc.base import PyTree
@@ -60,6 +59,7 @@ def partition_specs(state: TargetState, axis_name: str) -> TargetState:
 
     Example:
 
+      >>> import jax.numpy as jnp
       >>> state = TargetState(jnp.zeros(3), jnp.int32(0), jnp.int32(0), free=jnp.zeros((8, 3)))
       >>> specs = partition_specs(state, "time")
       >>> specs.hidden == PartitionSpec(), specs.free == PartitionSpec("time")
@@ -100,8 +100,3 @@ def write_window(state: TargetState, window: OfBlocks) -> TargetState:
 def _num_rows(blocks: OfBlocks) -> int:
     leaves = jax.tree.leaves(blocks)
     return leaves[0].shape[0] if leaves else 0
-
-
-def repeated(tree: PyTree, count: int) -> PyTree:
-    """`count` rows of a tree."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), tree)
