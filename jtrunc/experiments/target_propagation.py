@@ -28,7 +28,6 @@ from jtrunc.experiments.target_propagation_figures import (
 )
 from jtrunc.experiments.target_propagation_runs import gru, run, window_of
 from jtrunc.experiments.target_propagation_tables import (
-    SEARCHED,
     TABLES,
     Method,
     Settings,
@@ -81,13 +80,13 @@ class TargetPropagation:
     """Blocks of an update in each stream; 0: the table's default (batch: all there are)."""
     vocabulary: int = 0
     """The most frequent words, others are <unk>; 0: the table's default."""
-    penalty: float = SEARCHED.penalty
-    """The paper's lambda."""
-    dual_rate: float = SEARCHED.dual_rate
+    penalty: float | None = None
+    """The paper's lambda; default of this and the next three: the best of a small search."""
+    dual_rate: float | None = None
     """Step of the multipliers u along h - h^."""
-    hidden_rate: float = SEARCHED.hidden_rate
+    hidden_rate: float | None = None
     """Learning rate of Adagrad on H."""
-    rate: float = SEARCHED.rate
+    rate: float | None = None
     """Learning rate of Adagrad on the parameters."""
     jobs: int = 1
     """Processes that share the cells, a core each."""
@@ -119,12 +118,10 @@ def check(config: TargetPropagation) -> None:
         values = getattr(config, name)
         if np.min(values, initial=1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {_shown(values)}")
-    for name in ("epochs", "steps", "streams", "blocks", "vocabulary", "penalty", "dual_rate"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(config, name)}")
-    for name in ("hidden_rate", "rate"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
+    for name in ("epochs", "steps", "streams", "blocks", "vocabulary", *Settings._fields):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be finite and not negative, got {value}")
     if config.data is None:
         what = "the file text8" if config.table == "text8" else "ptb.train.txt and its two sisters"
         raise ValueError(f"--table {config.table} needs --data: the folder of {what}")
@@ -155,7 +152,8 @@ def settings_of(config: TargetPropagation, method: Method) -> list[Settings]:
     """The settings to run a method with."""
     if config.grid:
         return list(grid_of(method))
-    return [Settings(config.penalty, config.dual_rate, config.hidden_rate, config.rate)]
+    given = {name: getattr(config, name) for name in Settings._fields if getattr(config, name) is not None}
+    return [TABLES[config.table].settings._replace(**given)]
 
 
 def size_of(config: TargetPropagation) -> Size:

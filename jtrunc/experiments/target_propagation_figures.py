@@ -118,9 +118,13 @@ def claims(given: Table, results: Results) -> list[dict[str, Any]]:
     return _claims_three(means) if given.methods is figure_three else _claims_one(means)
 
 
-def _claim(claim: str, left: float, right: float, what: str = "perplexity") -> dict[str, Any]:
-    """Held if left ≤ right."""
-    return {"claim": claim, "rule": f"{what}: {left:.2f} ≤ {right:.2f}", "held": bool(left <= right)}
+def _claim(
+    claim: str, left: float, right: float, what: str = "perplexity", strictly: bool = False
+) -> dict[str, Any]:
+    """Held if left ≤ right, or < where that is asked for, to the two decimals that are shown."""
+    left, right = round(left, 2), round(right, 2)
+    rule = f"{what}: {left:.2f} {'<' if strictly else '≤'} {right:.2f}"
+    return {"claim": claim, "rule": rule, "held": left < right if strictly else left <= right}
 
 
 def _claims_one(means: Mapping[Method, float]) -> list[dict[str, Any]]:
@@ -146,8 +150,8 @@ def _claims_two(means: Mapping[Method, float]) -> list[dict[str, Any]]:
             name = f"no step on H is better than one ({base.initial})"
             found.append(_claim(name, means[none], means[base]))
         if none in means and free in means:
-            found.append(_claim(f"λ = 0 is worse than λ > 0 ({base.initial})", means[none], means[free]))
-            found[-1]["held"] &= means[none] != means[free]
+            name = f"λ = 0 is worse than λ > 0 ({base.initial})"
+            found.append(_claim(name, means[none], means[free], strictly=True))
     return found
 
 
