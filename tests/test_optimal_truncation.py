@@ -201,38 +201,45 @@ def test_another_solver_finds_the_same_minimum(norms):
     squares, mean_length, size = np.square(norms), 4.0, 30
     reaches = np.arange(size)[:, None] + np.arange(len(norms))
 
-    def extended(tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def extended(tail: Any) -> tuple[jax.Array, jax.Array]:
         """G with its geometric tail, and how many positions each entry stands for."""
-        reached = np.concatenate([[1.0], tail])
-        ratio = min(reached[-1] / reached[-2], 0.999999)
-        counts = np.append(np.ones(size - 1), 1 / (1 - ratio))
-        return np.concatenate([reached, reached[-1] * ratio ** np.arange(1.0, len(norms))]), counts
+        reached = jnp.concatenate([jnp.ones(1), tail])
+        ratio = jnp.minimum(reached[-1] / reached[-2], 0.999999)
+        counts = jnp.append(jnp.ones(size - 1), 1 / (1 - ratio))
+        return jnp.concatenate([reached, reached[-1] * ratio ** jnp.arange(1.0, len(norms))]), counts
 
-    def second_moment(tail: np.ndarray) -> float:
+    @jax.jit
+    @jax.value_and_grad
+    def second_moment(tail: Any) -> jax.Array:
         reached, counts = extended(tail)
-        return float(counts @ (reached[:size, None] ** 2 / reached[reaches] @ squares)) / mean_length
+        return counts @ (reached[:size, None] ** 2 / reached[reaches] @ squares) / mean_length
 
-    def length(tail: np.ndarray) -> float:
+    @jax.jit
+    @jax.value_and_grad
+    def length(tail: Any) -> jax.Array:
         reached, counts = extended(tail)
-        return float(counts @ reached[:size])
+        return counts @ reached[:size]
 
     start = (1 - 1 / mean_length) ** np.arange(1, size)
     steps_down = np.eye(size - 2, size - 1) - np.eye(size - 2, size - 1, k=1)
+    excess = {
+        "type": "eq",
+        "fun": lambda tail: float(length(tail)[0]) - mean_length,
+        "jac": lambda tail: np.asarray(length(tail)[1]),
+    }
     found = minimize(
-        second_moment,
+        lambda tail: tuple(map(np.asarray, second_moment(tail))),
         start,
+        jac=True,
         method="SLSQP",
         bounds=[(1e-9, 1.0)] * (size - 1),
-        constraints=[
-            LinearConstraint(steps_down, 0.0, np.inf),
-            {"type": "eq", "fun": lambda tail: length(tail) - mean_length},
-        ],
+        constraints=[LinearConstraint(steps_down, 0.0, np.inf), excess],
         options={"maxiter": 400, "ftol": 1e-13},
     )
     least = float(truncation_variance(truncation.optimal(padded(norms), mean_length), padded(norms)))
-    other = second_moment(found.x) - squares.sum()
+    other = float(second_moment(found.x)[0]) - squares.sum()
     assert -1e-4 < least / other - 1 < 1e-6
-    assert second_moment(start) - squares.sum() > 1.02 * other
+    assert float(second_moment(start)[0]) - squares.sum() > 1.02 * other
 
 
 @pytest.mark.slow
