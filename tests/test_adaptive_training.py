@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,6 @@ def test_an_infinite_diagnostic_is_no_damage_and_is_written_as_json(tmp_path: Pa
 
 MODEL = cells.model(cells.lstm(copying.num_classes(), 6), copying.num_classes(), cells.softmax_cross_entropy)
 HIDDEN = MODEL.initial_hidden((4,))
-DATA = copying.sequences(jax.random.key(1), 97, 4, length=3)
 WINDOW = 17
 TRACES: list[int] = []
 
@@ -115,6 +115,11 @@ def counted(estimator: GradientEstimator) -> GradientEstimator:
     return estimator._replace(update=update)
 
 
+@cache
+def data() -> Any:
+    return copying.sequences(jax.random.key(1), 97, 4, length=3)
+
+
 ADAPTIVE = counted(
     jtrunc.adaptive_bptt(
         MODEL.system, 0.5, num_lags=12, max_length=8, initial_length=4, estimate_every=3, streams=True
@@ -125,7 +130,7 @@ OPTIMIZER = optax.chain(optax.sgd(0.5), scale_by_truncation_length())
 
 def adaptive(num_updates: int = 30, **options: Any) -> Any:
     return train(
-        MODEL.system, MODEL.init, HIDDEN, ADAPTIVE, OPTIMIZER, DATA,
+        MODEL.system, MODEL.init, HIDDEN, ADAPTIVE, OPTIMIZER, data(),
         window=WINDOW, num_updates=num_updates, **options,
     )  # fmt: skip
 
@@ -174,7 +179,7 @@ def test_the_command_line_gives_a_look_ahead_that_suffices_and_no_more(name: str
     params = jax.eval_shape(MODEL.init, jax.random.key(0))
     state = jax.eval_shape(estimator.init, params, HIDDEN, jax.random.key(0))
     for missing in (0, 1):
-        inputs = tuple(jnp.zeros((window - missing, 4), leaf.dtype) for leaf in DATA)
+        inputs = tuple(jnp.zeros((window - missing, 4), leaf.dtype) for leaf in data())
         if missing:
             with pytest.raises(ValueError, match="look-ahead"):
                 jax.eval_shape(estimator.update, params, state, inputs)
