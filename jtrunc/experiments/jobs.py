@@ -73,7 +73,7 @@ def run_all(
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(jobs, context, _take_core, (counter,)) as pool:
         try:
-            futures = {pool.submit(work, item): item for item in items}
+            futures = {pool.submit(_work_in_process, work, item): item for item in items}
             for future in as_completed(futures):
                 advance(futures[future])
                 yield futures[future], future.result()
@@ -81,6 +81,14 @@ def run_all(
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def _work_in_process(work: Callable[[Item], Any], item: Item) -> Any:
+    """``work(item)``; after an interrupt the process ends, for a pool would give it the next item."""
+    try:
+        return work(item)
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def _take_core(counter: Any) -> None:
