@@ -3,9 +3,10 @@
 Source: Wiseman, Chopra, Ranzato, Szlam, Sun, Chintala & Vasilache, "Training language models using target
 propagation" (2017), section 4. The paper gives neither the units of its GRU, nor the size of a minibatch, nor
 the vocabulary and split of text8. Here, for the full size, as in the published code: 100 units and 32 blocks
-an update (there in one stream, here 8 in each of 4); words of text8 that occur less than ten times are <unk>.
+an update (there in one stream, here 8 in each of 4). Words of text8 that occur less than ten times are <unk>.
 
-- The GRU reads words by an embedding of each gate (one-hot inputs), and starts every epoch from zeros.
+- The GRU reads words by an embedding of each gate (one-hot inputs). Target propagation starts every epoch
+  from zeros; BPTT goes on with the state it has.
 - θ and H are moved by Adagrad without an initial sum of squares (ε = 1e-10 under the root), the multipliers
   by the residual: u ← u + α (h − ĥ) (errata 25). In the minibatch mode H starts at the forward states in
   every update, and Adagrad on H with it; the multipliers of a block stay from epoch to epoch (errata 26).
@@ -173,7 +174,11 @@ def table_one(block_lengths: tuple[int, ...], widths: tuple[int, ...]) -> list[M
 
 
 def table_two(block_lengths: tuple[int, ...], widths: tuple[int, ...]) -> list[Method]:
-    """No steps on H, with and without λ, from the forward states and from those predicted the last time."""
+    """No steps on H, with and without λ, from the forward states and from those predicted the last time.
+
+    From the forward states r = 0, and λ can make no difference (errata 26). The published code starts a block
+    where the one before it ends if that starts from zeros: r is not 0 there, nor is it with "predicted".
+    """
     starts: tuple[Initial, ...] = ("forward", "predicted")
     return [
         method
