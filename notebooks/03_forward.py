@@ -227,7 +227,7 @@ by_signs = [enumerated((w_norms / v_norms) ** s) for s in exponents[::5]]
 # two before each sum.
 
 # %%
-ALPHA, SIZE, NUM_STEPS, NUM_DRAWS = 0.1, 10, 400, 500 if SMALL else 4_000
+ALPHA, SIZE, NUM_STEPS, NUM_DRAWS = 0.1, 10, 400, 200 if SMALL else 4_000
 integrator = jtrunc.System(
     transition=lambda theta, h, x: (1 - ALPHA) * h + theta,
     loss=lambda params, h, x: (jnp.zeros(()), ()),
@@ -315,7 +315,7 @@ def gradients_by_step(estimator, key=None):
     return jax.lax.scan(step, estimator.init(params, hidden, key), data)[1]
 
 
-NUM_KEYS = 1_000 if SMALL else 4_000
+NUM_KEYS = 200 if SMALL else 4_000
 keys = jax.random.split(jax.random.key(3), NUM_KEYS)
 _, (losses, _) = jtrunc.unroll(system, params, hidden, data)
 slopes = np.sqrt(2 * losses) * np.linalg.norm(params.readout["kernel"])  # ‖∂ℓₜ/∂hₜ‖ of the squared error
@@ -398,7 +398,7 @@ plt.show()
 
 # %%
 LONGEST, UNITS = 8, 20
-NUM_CHARACTERS, NUM_SEEDS = (60_000, 2) if SMALL else (300_000, 4)
+NUM_CHARACTERS, NUM_SEEDS = (9_000, 2) if SMALL else (300_000, 4)
 stream = [lane[:, 0] for lane in counting.sequences(jax.random.key(4), NUM_CHARACTERS, longest=LONGEST)]
 print(counting.VOCABULARY.decode(stream[0][:60]).replace("\n", "⏎"))
 feedback = np.asarray(jax.random.uniform(jax.random.key(5), (UNITS,), maxval=0.7))

@@ -54,8 +54,8 @@ plt.rcParams.update({"figure.dpi": 100, "font.size": 10, "axes.grid": True, "gri
 # windows of $K$ losses (section 4.1), here on top of Adam.
 
 # %%
-MEMORY, STREAMS = 10, 32
-NUM_STEPS = 6_000 if SMALL else 60_000
+MEMORY = 10
+NUM_STEPS, STREAMS = (2_400, 8) if SMALL else (60_000, 32)
 classes = copying.num_classes()
 model = cells.model(cells.lstm(classes, 50), classes, cells.softmax_cross_entropy)
 system, hidden = model.system, model.initial_hidden((STREAMS,))
@@ -118,13 +118,14 @@ log_norms, behind = {}, {}
 for name, params in networks.items():
     behind[name] = training.evaluate(system, params, hidden, steps(new_data, 0, 100)).hidden
     log_norms[name] = norms_of(params, behind[name], steps(new_data, 100, 200))
+mean_log_norms = jax.jit(diagnostics.mean_log_norms)
 curve_band = jax.jit(
     lambda logs: diagnostics.bootstrap_bands(jax.random.key(3), logs, diagnostics.mean_log_norms)
 )
 lags = np.arange(NUM_LAGS + 1)
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
 for axis, (title, logs) in zip(axes, log_norms.items(), strict=True):
-    curve = diagnostics.mean_log_norms(logs)
+    curve = np.asarray(mean_log_norms(logs))
     slope = diagnostics.log_decay_rate(curve, FIT_FROM)
     lower, upper = curve_band(logs)
     tail = np.arange(FIT_FROM, NUM_LAGS + 1)
@@ -330,7 +331,7 @@ plt.show()
 figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
 weighted = norms_of(trained, behind["after training"], steps(new_data, 100, 200), weighted=True)
 for name, logs in (("‖λ‖", log_norms["after training"]), ("‖λᵀ ∂F/∂θ‖", weighted)):
-    curve = np.exp(diagnostics.mean_log_norms(logs))
+    curve = np.exp(mean_log_norms(logs))
     axis.semilogy(lags, curve / curve[0], label=name)
     lengths = estimates(logs)["lengths"].tolist()
     print(f"{name:<14}" + ", ".join(f"δ = {t}: κ̂ = {k}" for t, k in zip(TOLERANCES, lengths, strict=True)))
@@ -359,7 +360,7 @@ plt.show()
 # against the variance of the whole stretch's gradient over the cuts:
 
 # %%
-MEAN_LENGTH, STRETCH, NUM_DRAWS = 5, 200, 50 if SMALL else 400
+MEAN_LENGTH, STRETCH, NUM_DRAWS = 5, 200, 20 if SMALL else 400
 learning = trained if SMALL else train_fixed(15, 12_000).params
 start = training.evaluate(system, learning, hidden, steps(new_data, 0, 100)).hidden
 start = jax.tree.map(lambda leaf: leaf[:8], start)
