@@ -245,15 +245,19 @@ class TargetPropagation:
         settings = self.settings
         window, true_end = self._window(params, inputs)
         penalty = float(settings.penalty(self.count))
-        joint = settings.method == "augmented_lagrangian"
+        forward, joint = settings.initial == "forward", settings.method == "augmented_lagrangian"
+        has_duals = settings.method != "penalty" and settings.num_blocks is not None
         for _ in range(settings.hidden_steps - joint):
             self._hidden_step(window, self._gradients(params, window, inputs, penalty))
-        before = self._gradients(params, window, inputs, penalty)
-        if settings.method != "penalty":
-            self._dual_step(window, penalty, np.asarray(before.at.residual))
-        last = self._gradients(params, window, inputs, penalty)  # at the new multipliers
+        if has_duals and not forward:  # H is kept: the cycle H, θ, y, entered at y
+            now = self._gradients(params, window, inputs, penalty)
+            self._dual_step(window, penalty, np.asarray(now.at.residual))
+        last = self._gradients(params, window, inputs, penalty)
         if joint and settings.hidden_steps:
             self._hidden_step(window, last)
+        if has_duals and forward and settings.hidden_steps:
+            after = self._gradients(params, window, inputs, penalty)
+            self._dual_step(window, penalty, np.asarray(after.at.residual))
         self._leave(window, last.at, true_end)
         return Result(
             loss=float(last.at.loss),

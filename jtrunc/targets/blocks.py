@@ -12,6 +12,7 @@ from jtrunc.backward.masked import with_mask
 from jtrunc.backward.unroll import run_only, weighted_unroll
 from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_size, check_step, check_system
+from jtrunc.combinators import with_resets
 from jtrunc.structure import Stack, Structure
 from jtrunc.trees import concatenate, num_time_steps, strongly_typed, wide_dtype
 
@@ -89,9 +90,9 @@ class Blocks(NamedTuple):
     """A window cut into blocks.
 
     Attributes:
-      system: on the inputs of one step; masked where the first block is padded in front.
+      system: on the inputs of one step, which may come with flags.
       inputs: leaves (N, B, ...).
-      padding: static number of steps that pad the first block.
+      padding: static number of steps that pad the first block: repetitions of its first step, unscored.
     """
 
     system: System
@@ -104,18 +105,25 @@ def num_blocks_of(num_steps: int, block_length: int) -> int:
     return -(-num_steps // block_length)
 
 
-def cut_into_blocks(system: System, inputs: PyTree, block_length: int) -> Blocks:
-    """Blocks of B steps; if T is no multiple of B, the first one is padded with steps that do nothing."""
+def cut_into_blocks(system: System, start: PyTree, inputs: PyTree, block_length: int) -> Blocks:
+    """Blocks of min(B, T) steps; if T is no multiple of B, the first one is padded in front.
+
+    In front, so that the last step of a block is its last row, in this block too. The padding takes the first
+    step again and again, each time from `start`: the loss that does not count is that of a real state, and
+    has a gradient wherever the real one has.
+    """
     num_steps = num_time_steps(inputs)
+    block_length = min(block_length, num_steps)
     count = num_blocks_of(num_steps, block_length)
     padding = count * block_length - num_steps
     if padding:
-        # In front, so that the last step of a block is its last row, in this block too.
         inputs = jax.tree.map(
             lambda leaf: jnp.concatenate([jnp.broadcast_to(leaf[:1], (padding, *leaf.shape[1:])), leaf]),
             inputs,
         )
-        system, inputs = with_mask(system), (jnp.arange(count * block_length) >= padding, inputs)
+        row = jnp.arange(count * block_length)
+        system = with_mask(with_resets(system, start), advance=True)
+        inputs = (row >= padding, (row <= padding, inputs))
     rows = jax.tree.map(lambda leaf: leaf.reshape(count, block_length, *leaf.shape[1:]), inputs)
     return Blocks(system, rows, padding)
 
@@ -177,7 +185,7 @@ def forward_states(
     check_size("forward_states", "block_length", block_length)
     start = strongly_typed(start)
     check_step(system, params, start, inputs)
-    blocks = cut_into_blocks(system, inputs, block_length)
+    blocks = cut_into_blocks(system, start, inputs, block_length)
 
     def block(hidden: PyTree, inputs_b: PyTree) -> tuple[PyTree, PyTree]:
         hidden = run_only(blocks.system, params, hidden, inputs_b)

@@ -54,12 +54,19 @@ def kullback_leibler(logits: Callable[[Params, PyTree], jax.Array]) -> Constrain
     Returns:
       ``(params, predicted, free) -> scalar`` in nats, summed over the leading axes.
 
+    Raises:
+      TypeError: `logits` is no function.
+
     Example: (¾, ¼) against (½, ½) is ¾ ln 3 − ln 2.
 
       >>> constraint = kullback_leibler(lambda params, hidden: hidden)
       >>> round(float(constraint(Params(()), jnp.log(jnp.array([3.0, 1.0])), jnp.zeros(2))), 4)
       0.1308
     """
+    if not callable(logits):
+        raise TypeError(
+            f"kullback_leibler: `logits` must be a function (params, hidden) -> logits, not {logits!r}"
+        )
 
     def constraint(params: Params, predicted: PyTree, free: PyTree) -> jax.Array:
         of_predicted = jax.nn.log_softmax(logits(params, predicted))

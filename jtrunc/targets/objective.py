@@ -87,6 +87,10 @@ def objective(
     check_system("objective", system)
     check_size("objective", "block_length", block_length)
     check_choice("objective", "loss_on", loss_on, LossOn)
+    if jnp.shape(penalty) != ():
+        raise ValueError(
+            f"objective: `penalty` must be a scalar λ, not an array of shape {jnp.shape(penalty)}"
+        )
     start, free = strongly_typed((start, free))
     length = check_step(system, params, start, inputs)
     expected = num_blocks_of(length, block_length)
@@ -115,7 +119,8 @@ def block_terms(
     loss_on: LossOn,
 ) -> Terms:
     """The terms of the objective, from the states that the blocks begin with and are asked to end with."""
-    blocks = cut_into_blocks(system, inputs, block_length)
+    start = jax.tree.map(lambda leaf: leaf[0], starts)
+    blocks = cut_into_blocks(system, start, inputs, block_length)
     read = free if loss_on == "free" else None
     predicted, (loss, aux) = run_blocks(blocks, params, starts, read)
     costs = jax.vmap(partial(_cost, constraint), in_axes=(None, 0, 0))(params, predicted, free)

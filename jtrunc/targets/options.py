@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jtrunc.base import System
-from jtrunc.checks import check_choice, check_count, check_size, check_system
+from jtrunc.base import PyTree, System
+from jtrunc.checks import check_choice, check_count, check_size, check_system, shown
 from jtrunc.targets.blocks import num_blocks_of
 from jtrunc.targets.constraints import Constraint
 from jtrunc.targets.objective import LossOn
-from jtrunc.targets.state import TargetState
+from jtrunc.targets.state import TargetState, blocks_of
+from jtrunc.trees import inexact_part, is_concrete
 
 Method = Literal["admm", "penalty", "augmented_lagrangian"]
 Initial = Literal["forward", "persistent", "predicted"]
+_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 Penalty = float | jax.Array | Callable[[jax.Array], Any]
 
 
@@ -40,8 +42,18 @@ class Options(NamedTuple):
 
     @property
     def has_duals(self) -> bool:
-        """Whether there are multipliers."""
-        return self.method != "penalty"
+        """Whether there are multipliers: kept for blocks that come round again, or not at all."""
+        return self.method != "penalty" and self.num_blocks is not None
+
+    @property
+    def duals_first(self) -> bool:
+        """y moves before g where H is kept: r is then that of the steps on H and θ since the last update."""
+        return self.has_duals and self.initial != "forward"
+
+    @property
+    def duals_last(self) -> bool:
+        """y moves after g where H starts at the forward states, unless it stays there: r = 0."""
+        return self.has_duals and self.initial == "forward" and self.hidden_steps > 0
 
 
 def check_options(options: Options) -> None:
@@ -69,6 +81,8 @@ def check_options(options: Options) -> None:
             f"{owner}: initial={options.initial!r} keeps a state for every block: give `num_blocks`, the "
             "blocks of the whole data set"
         )
+    if options.axis_name is not None and not isinstance(options.axis_name, str):
+        raise TypeError(f"{owner}: `axis_name` must name a mesh axis, not {options.axis_name!r}")
     if options.axis_name is not None and options.initial == "forward":
         raise ValueError(
             f"{owner}: `axis_name` splits time over devices, but initial='forward' runs through all of it, "
@@ -76,35 +90,54 @@ def check_options(options: Options) -> None:
         )
 
 
+def check_hidden(hidden: PyTree) -> None:
+    """A state with something to optimise."""
+    if not jax.tree.leaves(inexact_part(hidden)):
+        raise TypeError(
+            "target_propagation: `hidden` has no floating point leaves, so there is nothing to optimise; "
+            "take jtrunc.bptt"
+        )
+
+
 def _check_penalty(penalty: Any) -> None:
-    if callable(penalty) or isinstance(penalty, jax.Array):
+    if callable(penalty):
         return
-    if isinstance(penalty, bool) or not isinstance(penalty, Real):
+    if isinstance(penalty, bool) or not isinstance(penalty, _NUMBERS):
         raise TypeError(
             "target_propagation: `penalty` must be a number λ or a schedule count -> λ, not "
             f"{penalty!r}; a constraint function goes to `constraint`"
         )
-    if not 0 <= float(penalty) < float("inf"):
+    if np.shape(penalty) != ():
+        raise ValueError(
+            f"target_propagation: `penalty` must be a scalar λ, not of shape {np.shape(penalty)}"
+        )
+    if is_concrete(penalty) and not 0 <= float(penalty) < float("inf"):
         raise ValueError(f"target_propagation: `penalty` must be finite and at least 0, not {penalty}")
 
 
 def check_window(options: Options, state: TargetState, length: int) -> int:
     """How many blocks the steps of an update are, if they fit those that the state keeps."""
-    count = num_blocks_of(length, options.block_length)
-    total = options.num_blocks
+    count, total = num_blocks_of(length, options.block_length), options.num_blocks
     if total is None:
         return count
     if options.axis_name is not None:
-        local = jax.tree.leaves(state.free)[0].shape[0]
-        if count != local:
+        total = jax.tree.leaves(state.free)[0].shape[0]
+        if count != total or length % options.block_length:
             raise ValueError(
-                f"target_propagation: {length} steps on a device are {count} blocks, but it keeps {local}; "
-                "with `axis_name` every update is the whole data set, and `num_blocks` counts all its blocks"
+                f"target_propagation: {length} steps on a device must be {total} blocks of "
+                f"{options.block_length}; with `axis_name` every update is the whole data set, `num_blocks` "
+                "counts all its blocks, and all are of equal length"
             )
     elif total % count:
         raise ValueError(
             f"target_propagation: `num_blocks` ({total}) must be a multiple of the {count} blocks of an "
             f"update ({length} steps in blocks of {options.block_length}); cut the data to whole updates"
+        )
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(blocks_of(state))}
+    if rows - {total}:
+        raise ValueError(
+            f"target_propagation: `num_blocks` is {total}, but the state was made for {sorted(rows)}; make "
+            "it by the `init` of this estimator"
         )
     return count
 
@@ -114,9 +147,8 @@ def penalty_at(options: Options, count: jax.Array) -> Any:
     if not callable(options.penalty):
         return options.penalty
     value: Any = options.penalty(count)
-    if jnp.shape(value) != ():
+    if not isinstance(value, _NUMBERS) or jnp.shape(value) != ():
         raise ValueError(
-            "target_propagation: the schedule `penalty(count)` must return a scalar λ, not an array of shape "
-            f"{jnp.shape(value)}"
+            f"target_propagation: the schedule `penalty(count)` must return a scalar λ, not {shown(value)}"
         )
     return value

@@ -9,15 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jtrunc.backward.unroll import run_only
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_step
 from jtrunc.devices import anchor, vary
-from jtrunc.targets.blocks import forward_states
+from jtrunc.targets.blocks import cut_into_blocks, forward_states
 from jtrunc.targets.constraints import Constraint, inner_product, quadratic
 from jtrunc.targets.objective import LossOn, Terms, block_terms, lagrangian, starts_of
-from jtrunc.targets.options import Initial, Method, Options, Penalty, check_options, check_window, penalty_at
+from jtrunc.targets.options import (
+    Initial,
+    Method,
+    Options,
+    Penalty,
+    check_hidden,
+    check_options,
+    check_window,
+    penalty_at,
+)
 from jtrunc.targets.state import OfBlocks, TargetState, read_window, write_window
-from jtrunc.trees import inexact_part, is_key, repeated, strongly_typed, with_inexact_part
+from jtrunc.trees import (
+    inexact_part,
+    is_key,
+    read_row,
+    repeated,
+    strongly_typed,
+    with_inexact_part,
+    write_row,
+)
 
 
 def target_propagation(
@@ -38,20 +56,23 @@ def target_propagation(
     """Target propagation: states between blocks of B steps are variables, and the blocks run in parallel.
 
         L(H, θ, y) = Σₜ ℓₜ + Σ_b Re⟨y_b, r_b⟩ + λ Σ_b C(ĥ_b, h_b),  r_b = h_b − ĥ_b,  ĥ_b = F(… F(h_{b−1}) …)
-        admm:                  H ← H − η ∇_H L, `hidden_steps` times;  y ← y + λ r;  g = ∇_θ L
+        admm:                  H ← H − η ∇_H L, `hidden_steps` times;  g = ∇_θ L;  y ← y + λ r
         penalty:               the same without y
         augmented_lagrangian:  as admm, but the last step on H is taken with g, from the same point
 
     (Wiseman et al. 2017, eq. 6 to 8 and section 3; for the sums see `jtrunc.targets.objective`.) y = λu are
-    the multipliers, moved by the residual (errata 25). The step on θ is the caller's: a cycle is H, y, θ.
+    the multipliers, moved by the residual (errata 25). The step on θ is the caller's, one for each update;
+    where H is kept, y moves after it, before g of the next visit: the paper's cycle H, θ, y.
 
     Biased for the gradient of Σ ℓ at finite λ, and wherever H is not yet optimal: it is the gradient of
-    another function. Exact where r = 0 and y are the costates, which is where ADMM and the augmented
+    another function. Exact where r = 0 and −y are the costates, which is where ADMM and the augmented
     Lagrangian settle at fixed θ. From the forward states with no step on H it is BPTT cut at the ends of the
-    blocks, for every λ (errata 26): B = T is BPTT, B = 1 with steps on H the algorithm of section 2.
+    blocks, for every λ (errata 26): B = T is BPTT, B = 1 with steps on H the algorithm of section 2. Of an
+    update with fewer blocks than the data set, h_N is a constant for the next, which sends nothing back.
 
-    Sequential depth: (`hidden_steps` + 1) · B steps, and T more for ``initial="forward"``; BPTT has T. Memory
-    O(T), and one state, multiplier and optimiser state for each block of the data set with `num_blocks`.
+    Sequential depth: B steps for each step on H and for g (augmented_lagrangian: `hidden_steps` · B in all),
+    and T more for ``initial="forward"`` and for a first visit; BPTT has T. Memory O(T), and one state,
+    multiplier and optimiser state for each block of the data set with `num_blocks`.
 
     Args:
       system: a `System`.
@@ -59,26 +80,28 @@ def target_propagation(
       penalty: λ ≥ 0, or a schedule ``count of updates -> λ`` such as those of optax.
       method: see above. `hidden_steps` = 0 leaves H where it starts.
       hidden_steps: gradient steps on H in an update.
-      hidden_optimizer: an optax optimiser of H, one state for each block; ``optax.sgd(0.1)`` by default.
+      hidden_optimizer: an optax optimiser of H; ``optax.sgd(0.1)`` by default. Each block has its own: a
+        clipped norm, say, is that of one block, streams included.
       dual_optimizer: an optax optimiser that ascends along λ r; ``optax.sgd(1.0)`` by default, u ← u + r.
       constraint: C ≥ 0, ``(params, predicted, free) -> scalar`` for one block's state.
       loss_on: the loss of a block's last step reads ĥ_b ("predicted", eq. 6) or h_b ("free", eq. 8).
       initial: where H starts in every update: "forward", at the true states of the present θ (the paper's
         minibatch mode; one pass over all T steps); "persistent", where the last visit to these blocks left it
         (batch mode); "predicted", at the ĥ of the last visit: parallel too, and it follows θ. Blocks never
-        visited start at the forward states.
+        visited start at the forward states. Integer and key leaves are no variables: "persistent" keeps
+        those of the first visit.
       num_blocks: blocks of the whole data set, a multiple of those of an update. What belongs to a block is
         then kept until the data come round again, every round beginning with the state given to `init`.
-        Every update must then have the same number of steps. None: every update brings new data, whose
-        multipliers begin at 0.
+        Every update must then have the same number of steps. None: every update brings new data; no
+        multipliers are kept, and all methods but for the last step on H are the penalty method.
       axis_name: under `jax.shard_map`, the mesh axis over which the time axis of `inputs` and the per-block
         state are split, in order (see `jtrunc.targets.partition_specs`); each update is the whole data set.
         Only the states between devices and sums of gradients travel. H begins as `hidden` in every block.
 
     Returns:
       A `GradientEstimator`; `update` consumes all T steps. The loss is Σ ℓ at (H, θ), without the penalty;
-      `hidden` moves on to the true state at the end ("forward"), or to h_N. Diagnostics: `primal_residual`
-      ‖r‖, `dual_residual` ‖∇_H L‖ where g is taken, `constraint` Σ C, `penalty` λ.
+      `hidden` moves on to the true state at the end ("forward"), to h_N or to ĥ_N. Diagnostics:
+      `primal_residual` ‖r‖ and `dual_residual` ‖∇_H L‖ where g is taken, `constraint` Σ C, `penalty` λ.
 
     Raises:
       TypeError, ValueError: for arguments that do not fit, by name; bad system, params or inputs.
@@ -104,6 +127,7 @@ def target_propagation(
     def init(params: Params, hidden: PyTree, key: jax.Array | None = None) -> TargetState:
         check_params(params)
         check_key("target_propagation", key, random=False)
+        check_hidden(hidden)
         return _first_state(options, strongly_typed(hidden))
 
     def update(params: Params, state: TargetState, inputs: PyTree) -> tuple[Estimate, TargetState]:
@@ -141,12 +165,14 @@ def _update(
     options: Options, params: Params, state: TargetState, inputs: PyTree, length: int
 ) -> tuple[Estimate, TargetState]:
     stored = read_window(state, check_window(options, state, length))
-    template, multipliers, end = _enter(options, params, state, stored, inputs)
+    template, end = _enter(options, params, state, stored, inputs)
     penalty = penalty_at(options, state.count)
     problem = _Problem(options, state.hidden, template, inputs, penalty)
     floats = inexact_part(template)
-    visited = jax.tree.map(jnp.ones_like, stored.visited)
-    window = OfBlocks(floats, multipliers, *_optimizer_states(options, stored, floats), visited)
+    window = stored._replace(free=floats, visited=jax.tree.map(jnp.ones_like, stored.visited))
+    if options.initial == "forward":  # H is new, and so is what its optimiser knows
+        new = jax.vmap(options.hidden_optimizer.init)(floats)
+        window = window._replace(hidden_optimizer=vary(new, anchor(floats)))
 
     def hidden_step(window: OfBlocks, gradient: PyTree) -> OfBlocks:
         descent = jax.tree.map(jnp.conj, gradient)  # JAX's gradient of complex leaves is ∂x − i ∂y
@@ -158,10 +184,14 @@ def _update(
         return hidden_step(window, problem.hidden_gradient(params, window.free, window.multipliers))
 
     joint = options.method == "augmented_lagrangian" and options.hidden_steps > 0
-    if options.hidden_steps > joint:
-        window = jax.lax.fori_loop(0, options.hidden_steps - joint, iteration, window)
+    steps_alone = options.hidden_steps - 1 if joint else options.hidden_steps
+    if steps_alone:
+        window = jax.lax.fori_loop(0, steps_alone, iteration, window)
     terms, window, grads, hidden_gradient = _pass(problem, params, window)
     window = hidden_step(window, hidden_gradient) if joint else window
+    if options.duals_last:
+        at_end = problem.terms(params, window.free) if joint else terms
+        window = _dual_step(problem, window, at_end.residual)
     diagnostics = {
         "primal_residual": _norm(terms.residual, options.axis_name),
         "dual_residual": _norm(hidden_gradient, options.axis_name),
@@ -176,24 +206,26 @@ def _update(
 
 
 def _pass(problem: _Problem, params: Params, window: OfBlocks) -> tuple[Terms, OfBlocks, Params, PyTree]:
-    """The dual step, then the gradients with respect to θ and H at the new multipliers: one pass for all."""
+    """The gradients with respect to θ and H in one pass; where H is kept, y moves first."""
     options = problem.options
 
     def value(params: Params, floats: PyTree) -> tuple[jax.Array, Any]:
         terms = problem.terms(params, floats)
-        moved = window
-        if options.has_duals:
-            residual = jax.lax.stop_gradient(terms.residual)
-            ascent = jax.tree.map(lambda r: (-problem.penalty * r).astype(r.dtype), residual)
-            of_duals = options.dual_optimizer, ascent
-            multipliers, dual_state = _descend(*of_duals, window.dual_optimizer, window.multipliers)
-            moved = window._replace(multipliers=multipliers, dual_optimizer=dual_state)
+        moved = _dual_step(problem, window, terms.residual) if options.duals_first else window
         return lagrangian(terms, problem.penalty, moved.multipliers), (terms, moved)
 
     differentiate = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
     local = params if options.axis_name is None else vary(params, anchor(window, problem.inputs))
     (_, (terms, moved)), (grads, hidden_gradient) = differentiate(local, window.free)
     return terms, moved, grads, hidden_gradient
+
+
+def _dual_step(problem: _Problem, window: OfBlocks, residual: PyTree) -> OfBlocks:
+    """y ← y + dual step of λ r (errata 25): an optimiser descends, so it is given −λ r."""
+    descent = jax.tree.map(lambda r: (-problem.penalty * r).astype(r.dtype), jax.lax.stop_gradient(residual))
+    of_duals = problem.options.dual_optimizer, descent
+    multipliers, optimizer_state = _descend(*of_duals, window.dual_optimizer, window.multipliers)
+    return window._replace(multipliers=multipliers, dual_optimizer=optimizer_state)
 
 
 def _descend(
@@ -224,34 +256,34 @@ def _first_state(options: Options, hidden: PyTree) -> TargetState:
 
 def _enter(
     options: Options, params: Params, state: TargetState, stored: OfBlocks, inputs: PyTree
-) -> tuple[PyTree, PyTree, PyTree]:
-    """Where H and y of the window start, and the true state at its end where that is known."""
-
-    def forward() -> PyTree:
-        return forward_states(options.system, params, state.hidden, inputs, options.block_length)
-
+) -> tuple[PyTree, PyTree]:
+    """Where H of the window starts, and the state at its end."""
     if options.axis_name is not None:
-        free = end = stored.free
+        free = stored.free
     elif options.initial == "forward":
-        free = end = forward()
+        free = forward_states(options.system, params, state.hidden, inputs, options.block_length)
     else:
-        anchored = anchor(params, state, inputs)
-        branches = (lambda: vary(stored.free, anchored), lambda: vary(forward(), anchored))
-        free = end = jax.lax.cond(jnp.all(stored.visited), *branches)
-    multipliers = stored.multipliers
-    if options.has_duals and options.num_blocks is None:
-        multipliers = jax.tree.map(jnp.zeros_like, inexact_part(free))
-    return free, multipliers, jax.tree.map(lambda leaf: leaf[-1], end)
+        free = _forward_unless_visited(options, params, state, stored, inputs)
+    return free, jax.tree.map(lambda leaf: leaf[-1], free)
 
 
-def _optimizer_states(options: Options, stored: OfBlocks, floats: PyTree) -> tuple[Any, Any]:
-    """Those of H and of y, as the last visit left them, or new."""
-    of_hidden, of_duals = stored.hidden_optimizer, stored.dual_optimizer
-    if options.initial == "forward":
-        of_hidden = vary(jax.vmap(options.hidden_optimizer.init)(floats), anchor(floats))
-    if options.has_duals and options.num_blocks is None:
-        of_duals = vary(jax.vmap(options.dual_optimizer.init)(floats), anchor(floats))
-    return of_hidden, of_duals
+def _forward_unless_visited(
+    options: Options, params: Params, state: TargetState, stored: OfBlocks, inputs: PyTree
+) -> PyTree:
+    """The forward states at the first visit, later what is stored.
+
+    A loop of no trips, rather than a condition: of that `vmap` would run both branches at every visit.
+    """
+    blocks = cut_into_blocks(options.system, state.hidden, inputs, options.block_length)
+
+    def block(index: jax.Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        hidden, free = carry
+        hidden = run_only(blocks.system, params, hidden, read_row(blocks.inputs, index))
+        return hidden, write_row(free, index, hidden)
+
+    trips = jnp.where(jnp.all(stored.visited), 0, stored.visited.shape[0])
+    first = vary((state.hidden, stored.free), anchor(params, state, inputs))
+    return jax.lax.fori_loop(0, trips, block, first)[1]
 
 
 def _leave(options: Options, state: TargetState, window: OfBlocks, end: PyTree) -> TargetState:
