@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.backward.two_phase import (
-    LIGHT_STEP,
     backward_step,
     forward_step,
     fuse,
@@ -34,7 +33,7 @@ from jtrunc.trees import (
     write_row,
 )
 
-LIGHT_CHUNK, CHUNK = 32, 16
+LIGHT_STEP, LIGHT_CHUNK, CHUNK = 1 << 13, 32, 16
 """Steps in a chunk: longer where a step has so few multiplications that the loops cost more than they."""
 
 

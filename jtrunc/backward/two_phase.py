@@ -31,7 +31,7 @@ Named = dict[str, jax.Array]
 ROWS_PER_WIDTH = 4
 """The two-phase pass is taken while rows × this ≤ width (measured: `benchmarks/speed`)."""
 
-LIGHT_STEP = 1 << 13
+LIGHT_PASS = 1 << 15
 """So few multiplications in a step that it costs by its number of operations: the two-phase pass has fewer,
 since losses and products with inputs wait until after the scan (measured: `benchmarks/speed`)."""
 
@@ -260,7 +260,7 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     if isinstance(structure, Stack):
         layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
     rows, width = num_rows(layer, hidden, inputs)
-    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width or rows * _kernel_size(layer, theta) <= LIGHT_STEP
+    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width or rows * _kernel_size(layer, theta) <= LIGHT_PASS
     return width > 0 and few_rows and _equal_rows(layer, hidden, inputs)
 
 
