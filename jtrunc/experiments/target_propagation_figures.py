@@ -147,10 +147,11 @@ def _claims_two(means: Mapping[Method, float]) -> list[dict[str, Any]]:
     for base in (method for method in means if method.hidden_steps == 1):
         none, free = base._replace(hidden_steps=0), base._replace(hidden_steps=0, penalized=False)
         if none in means:
-            name = f"no step on H is better than one ({base.initial})"
+            name = f"no step on H is better than one, B = {base.block_length} ({base.initial})"
             found.append(_claim(name, means[none], means[base]))
-        if none in means and free in means:
-            name = f"λ = 0 is worse than λ > 0 ({base.initial})"
+        # From the forward states λ cannot matter (errata 26): there is nothing to claim.
+        if none in means and free in means and base.initial != "forward":
+            name = f"λ = 0 is worse than λ > 0, B = {base.block_length} ({base.initial})"
             found.append(_claim(name, means[none], means[free], strictly=True))
     return found
 

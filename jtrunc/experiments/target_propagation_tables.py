@@ -26,11 +26,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from jtrunc.targets.options import Initial
 from jtrunc.tasks import words
-
-Initial = Literal["forward", "persistent", "predicted"]
 
 HIDDEN_STEPS = (1, 2, 5)
 """Of table 1."""
