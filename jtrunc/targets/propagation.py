@@ -61,8 +61,8 @@ def target_propagation(
         augmented_lagrangian:  as admm, but the last step on H is taken with g, from the same point
 
     (Wiseman et al. 2017, eq. 6 to 8 and section 3; for the sums see `jtrunc.targets.objective`.) y = λu are
-    the multipliers, moved by the residual (errata 25). The step on θ is the caller's, one for each update;
-    where H is kept, y moves after it, before g of the next visit: the paper's cycle H, θ, y.
+    the multipliers, moved by the residual (errata 25). The step on θ is the caller's, one an update. Where H
+    is kept, y moves before g, so that θ, H and y each step from the newest of the other two.
 
     Biased for the gradient of Σ ℓ at finite λ, and wherever H is not yet optimal: it is the gradient of
     another function. Exact where r = 0 and −y are the costates, which is where ADMM and the augmented
@@ -92,8 +92,8 @@ def target_propagation(
         those of the first visit.
       num_blocks: blocks of the whole data set, a multiple of those of an update. What belongs to a block is
         then kept until the data come round again, every round beginning with the state given to `init`.
-        Every update must then have the same number of steps. None: every update brings new data; no
-        multipliers are kept, and all methods but for the last step on H are the penalty method.
+        Every update must then have the same number of steps. None: every update brings new data, no
+        multipliers are kept, and ADMM is the penalty method.
       axis_name: under `jax.shard_map`, the mesh axis over which the time axis of `inputs` and the per-block
         state are split, in order (see `jtrunc.targets.partition_specs`); each update is the whole data set.
         Only the states between devices and sums of gradients travel. H begins as `hidden` in every block.
