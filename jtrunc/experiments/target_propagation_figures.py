@@ -227,7 +227,8 @@ def _steps_of(
     means = [of_seeds.mean() for _, of_seeds in known]
     axes.plot([x for x, _ in known], means, "o-", color=color, label=label, linewidth=1.3, markersize=4)
     for x, of_seeds in known:
-        axes.plot(np.full(len(of_seeds), x), of_seeds, "_", color=color, markersize=9)
+        if len(of_seeds) > 1:
+            axes.plot(np.full(len(of_seeds), x), of_seeds, "_", color=color, markersize=9)
     if None in values:
         axes.axhline(values[None].mean(), color=color, linestyle="--", linewidth=1.1)
 

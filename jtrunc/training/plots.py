@@ -57,8 +57,9 @@ def learning_curves(
         raise ValueError("learning_curves: `curves` is empty; give at least one {label: Curve(x, y)}")
     bands = {label: band(*curve, quantiles, name=label) for label, curve in curves.items()}
     figure, axes = new_figure()
-    for label, (x, low, middle, high) in bands.items():
-        (line,) = axes.plot(x, middle, label=label)
+    for index, (label, (x, low, middle, high)) in enumerate(bands.items()):
+        dashes = ("-", "--", ":")[index // 10 % 3]  # there are ten colours
+        (line,) = axes.plot(x, middle, dashes, label=label)
         if np.ndim(curves[label].y) > 1:
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     for label, level in (levels or {}).items():
