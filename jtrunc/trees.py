@@ -161,3 +161,13 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 def wide_dtype(leaf: Any) -> Any:
     """The dtype in which to sum values like `leaf`: its own, but at least 32 bits wide."""
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def inner_product(a: PyTree, b: PyTree) -> jax.Array:
+    """Re ⟨a, b⟩ over all leaves, summed in at least float32."""
+
+    def of_leaves(a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = wide_dtype(a)
+        return jnp.sum((a.astype(dtype).conj() * b.astype(dtype)).real)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaves, a, b)), start=jnp.zeros((), jnp.float32))

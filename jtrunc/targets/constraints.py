@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Params, PyTree
-from jtrunc.trees import inexact_part, wide_dtype
+from jtrunc.trees import inexact_part, inner_product
 
 Constraint = Callable[[Params, PyTree, PyTree], jax.Array]
 """``(params, predicted, free) -> scalar``, for the state at the end of one block; 0 where both agree."""
@@ -17,16 +17,6 @@ Constraint = Callable[[Params, PyTree, PyTree], jax.Array]
 def residual_of(predicted: PyTree, free: PyTree) -> PyTree:
     """r = h − ĥ of the float leaves; None in the place of the others."""
     return jax.tree.map(jnp.subtract, inexact_part(free), inexact_part(predicted))
-
-
-def inner_product(a: PyTree, b: PyTree) -> jax.Array:
-    """Re ⟨a, b⟩ over all leaves, summed in at least float32."""
-
-    def of_leaves(a: jax.Array, b: jax.Array) -> jax.Array:
-        dtype = wide_dtype(a)
-        return jnp.sum((a.astype(dtype).conj() * b.astype(dtype)).real)
-
-    return sum(jax.tree.leaves(jax.tree.map(of_leaves, a, b)), start=jnp.zeros((), jnp.float32))
 
 
 def quadratic(params: Params, predicted: PyTree, free: PyTree) -> jax.Array:

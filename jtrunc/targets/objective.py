@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_alike, check_choice, check_size, check_step, check_system, shown
 from jtrunc.targets.blocks import cut_into_blocks, num_blocks_of, run_blocks
-from jtrunc.targets.constraints import Constraint, inner_product, quadratic, residual_of
-from jtrunc.trees import inexact_part, repeated, strongly_typed
+from jtrunc.targets.constraints import Constraint, quadratic, residual_of
+from jtrunc.trees import inexact_part, inner_product, repeated, strongly_typed
 
 LossOn = Literal["predicted", "free"]
 

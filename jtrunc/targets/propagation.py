@@ -14,7 +14,7 @@ from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_params, check_step
 from jtrunc.devices import anchor, vary
 from jtrunc.targets.blocks import cut_into_blocks, forward_states
-from jtrunc.targets.constraints import Constraint, inner_product, quadratic
+from jtrunc.targets.constraints import Constraint, quadratic
 from jtrunc.targets.objective import LossOn, Terms, block_terms, lagrangian, starts_of
 from jtrunc.targets.options import (
     Initial,
@@ -29,6 +29,7 @@ from jtrunc.targets.options import (
 from jtrunc.targets.state import OfBlocks, TargetState, read_window, write_window
 from jtrunc.trees import (
     inexact_part,
+    inner_product,
     is_key,
     read_row,
     repeated,
