@@ -34,6 +34,9 @@ from jtrunc.forward.noise import rademacher as rademacher
 from jtrunc.forward.rtrl import rtrl as rtrl
 from jtrunc.forward.snap import snap as snap
 from jtrunc.forward.uoro import uoro as uoro
+from jtrunc.policies import by_group as by_group
+from jtrunc.policies import replicas as replicas
+from jtrunc.policies import with_shadows as with_shadows
 from jtrunc.targets.propagation import target_propagation as target_propagation
 
 _ON_DEMAND = ("adapters", "optimizers", "tasks", "training")
