@@ -196,9 +196,11 @@ def test_table_two_is_judged_by_its_numbers(capsys):
     figures.print_table(TABLES["hidden-steps-zero"], figures.best_settings(good))
     shown = capsys.readouterr().out
     assert "-1.50 (0.71)" in shown and "-0.40" in shown and "+2.50 (0.71)" in shown and "+2.36" in shown
-    same = [result(method._replace(initial="forward"), 90) for method in (one, none)]
-    same += [result(none._replace(initial="forward", penalized=False), 90.001)]
+    same = [result(one, 90), result(none, 90), result(none._replace(penalized=False), 90.001)]
     assert held("hidden-steps-zero", same) == [True, False], "equal is not worse"
+    forward = [result(method._replace(initial="forward"), 90) for method in (one, none)]
+    forward += [result(none._replace(initial="forward", penalized=False), 95)]
+    assert held("hidden-steps-zero", forward) == [True], "from the forward states λ cannot matter"
 
 
 def test_figure_three_is_judged_by_its_numbers(tmp_path, capsys):
