@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from jtrunc.base import Params
+from jtrunc.probe import static_num_steps
 from jtrunc.training import NonFiniteError, seed_key, train
-from jtrunc.training.seeds import check_seeds, static_num_steps
+from jtrunc.training.seeds import check_seeds
 from tests.training_cases import plain, random_length, small
 
 

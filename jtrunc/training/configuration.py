@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtrunc.base import GradientEstimator, PyTree
+from jtrunc.base import PyTree
+from jtrunc.probe import estimator_name
 from jtrunc.training.chunk import Program
 from jtrunc.training.step import TrainState, train_step
 
@@ -26,11 +27,6 @@ _HASHES = ("data", "program", "first state")
 
 class ConfigurationError(ValueError):
     """The folder belongs to another run; nothing was written."""
-
-
-def estimator_name(estimator: GradientEstimator) -> str:
-    """The name of the function that made the estimator: ``artbp``."""
-    return getattr(estimator.update, "__qualname__", type(estimator.update).__name__).split(".")[0]
 
 
 def configuration(

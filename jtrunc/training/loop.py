@@ -13,12 +13,13 @@ import optax
 
 from jtrunc.base import GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_size
+from jtrunc.probe import static_num_steps
 from jtrunc.training import checkpoint, configuration
 from jtrunc.training.chunk import Program, init_chunk
 from jtrunc.training.metrics import MetricsFile
 from jtrunc.training.progress import Progress
 from jtrunc.training.runner import Options, Output, Runner, TrainingInterrupted, TrainResult
-from jtrunc.training.seeds import SeedAxis, check_seeds, seed_key, static_num_steps
+from jtrunc.training.seeds import SeedAxis, check_seeds, seed_key
 from jtrunc.training.signals import StopRequest, deferred_interrupt
 from jtrunc.training.step import TrainState
 from jtrunc.training.stream import circular, lead_in_ends, num_rows, window_at

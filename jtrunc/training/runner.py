@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import Params, PyTree, System
+from jtrunc.probe import estimator_name
 from jtrunc.training import checkpoint
 from jtrunc.training.chunk import Program, lead_in_update, run_chunk
-from jtrunc.training.configuration import estimator_name
 from jtrunc.training.evaluate import evaluate
 from jtrunc.training.metrics import Line, MetricsFile, split_columns, train_columns
 from jtrunc.training.seeds import SeedAxis

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtrunc.base import GradientEstimator, Params, PyTree
 from jtrunc.training.step import TrainState
 from jtrunc.training.sums import MetricSums
 
@@ -64,36 +63,3 @@ def check_seeds(seeds: int | Sequence[int] | None) -> tuple[int, ...] | None:
             "seeds=4 stands for 0, 1, 2, 3"
         )
     return tuple(int(seed) for seed in seeds)
-
-
-def static_num_steps(
-    estimator: GradientEstimator, params: Params, hidden: PyTree, inputs: PyTree
-) -> int | None:
-    """Steps that one update consumes, or None where that is data.
-
-    Found by tracing: an estimator that knows the number returns it as a plain integer.
-    """
-    found: list[int | None] = []
-
-    def probe(params: Params, hidden: PyTree, inputs: PyTree) -> jax.Array:
-        state = estimator.init(params, hidden, jax.random.key(0))
-        estimate, _ = estimator.update(params, state, inputs)
-        found.append(_known(estimate.num_steps))
-        return jnp.asarray(estimate.loss)
-
-    jax.eval_shape(probe, params, hidden, inputs)
-    return found[0]
-
-
-def _known(num_steps: Any) -> int | None:
-    """The number, or None for a tracer."""
-    if getattr(num_steps, "shape", ()) != ():
-        raise ValueError(
-            f"train: the estimator consumes another number of steps in each of {num_steps.shape[0]} streams "
-            "(`per_stream` of windows of random length), which one cursor cannot follow; put the batch axis "
-            "inside the system, so that the streams share their windows, or run them as `seeds`"
-        )
-    try:
-        return int(num_steps)
-    except jax.errors.ConcretizationTypeError:
-        return None
