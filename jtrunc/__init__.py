@@ -24,6 +24,8 @@ from jtrunc.base import System as System
 from jtrunc.combinators import continuous_time as continuous_time
 from jtrunc.combinators import per_stream as per_stream
 from jtrunc.combinators import with_resets as with_resets
+from jtrunc.diagnostics import audit as audit
+from jtrunc.diagnostics import plan as plan
 from jtrunc.forward.diagonal import diagonal_rtrl as diagonal_rtrl
 from jtrunc.forward.eprop import eprop as eprop
 from jtrunc.forward.eprop import rflo as rflo
