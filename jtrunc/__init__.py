@@ -37,6 +37,7 @@ from jtrunc.forward.rtrl import rtrl as rtrl
 from jtrunc.forward.snap import snap as snap
 from jtrunc.forward.uoro import uoro as uoro
 from jtrunc.policies import by_group as by_group
+from jtrunc.policies import clipped as clipped
 from jtrunc.policies import replicas as replicas
 from jtrunc.policies import with_shadows as with_shadows
 from jtrunc.targets.propagation import target_propagation as target_propagation

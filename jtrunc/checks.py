@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, get_args
 
 import jax
@@ -27,6 +28,15 @@ def _check_integer(owner: str, name: str, value: Any, least: int, wanted: str) -
     if value < least:
         raise ValueError(f"{owner}: `{name}` must be at least {least}, not {value}")
     return int(value)
+
+
+def check_positive(owner: str, name: str, value: Any) -> float:
+    """A positive finite Python number, or a clear error."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: `{name}` must be a positive number, not {value!r}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{owner}: `{name}` must be positive and finite, not {value}")
+    return float(value)
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``jtrunc train | compare | reproduce | demo | list``."""
+"""The command line: ``jtrunc train | compare | plan | audit | reproduce | demo | list``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from typing import Annotated, Any
 EXTRA = ("matplotlib", "orbax", "pooch", "tqdm", "tyro")
 """Top-level packages of the extra `experiments`, which the core does without."""
 
-COMMANDS = ("train", "compare", "reproduce", "demo", "list")
+COMMANDS = ("train", "compare", "plan", "audit", "reproduce", "demo", "list")
 
-DESCRIPTION = """Gradient estimators for recurrent systems: train with one, compare several, repeat a paper.
+DESCRIPTION = """Gradient estimators for recurrent systems: see before you choose, train, repeat a paper.
 
 First steps:
 
   jtrunc reproduce influence-balancing
   jtrunc train --cell lstm:width=128 --estimator online-artbp:mean-length=50,alpha=4
   jtrunc compare --estimators truncated-bptt:length=20 online-artbp:mean-length=20
+  jtrunc plan --cell lstm:width=512 --streams 16 --memory 2G
+  jtrunc audit --cell tanh:width=32
   jtrunc list"""
 
 
@@ -52,7 +54,7 @@ def _parse(arguments: list[str]) -> Any:
     """The command, a frozen dataclass; tyro prints help and errors and exits by itself."""
     import tyro
 
-    from jtrunc.experiments.commands import Compare, Demo, List, Reproduce, Train
+    from jtrunc.experiments.commands import Audit, Compare, Demo, List, Plan, Reproduce, Train
 
     def named(name: str) -> Any:
         return tyro.conf.subcommand(name, prefix_name=False)
@@ -60,6 +62,8 @@ def _parse(arguments: list[str]) -> Any:
     command = (
         Annotated[Train, named("train")]
         | Annotated[Compare, named("compare")]
+        | Annotated[Plan, named("plan")]
+        | Annotated[Audit, named("audit")]
         | Annotated[Reproduce, named("reproduce")]
         | Annotated[Demo, named("demo")]
         | Annotated[List, named("list")]

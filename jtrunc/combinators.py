@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jtrunc.base import Estimate, GradientEstimator, Params, PyTree, System
-from jtrunc.checks import check_key, check_same_state, check_system
+from jtrunc.checks import check_key, check_positive, check_same_state, check_system
 from jtrunc.structure import Stack, Structure, Wrapper, transition_of, wrap_structure, wrap_transition
 from jtrunc.trees import is_concrete, partition_inexact, strongly_typed
 
@@ -99,11 +98,9 @@ def continuous_time(system: System, time_step: float) -> System:
       [0.5, 0.25]
     """
     check_system("continuous_time", system)
-    if isinstance(time_step, bool) or not isinstance(time_step, Real):
-        raise TypeError(f"continuous_time: `time_step` must be a positive number, not {time_step!r}")
-    if not 0.0 < time_step < float("inf"):
-        raise ValueError(f"continuous_time: `time_step` must be positive and finite, not {time_step}")
-    time_step = float(time_step)  # a NumPy number would widen the state
+    time_step = check_positive(
+        "continuous_time", "time_step", time_step
+    )  # a NumPy number would widen the state
 
     def advance(hidden: PyTree, rate: PyTree) -> PyTree:
         check_same_state("continuous_time: the rate", hidden, rate)
@@ -176,11 +173,11 @@ def per_stream(
         return jax.vmap(lambda hidden, key: estimator.init(params, hidden, key))(hidden, keys)
 
     def update(params: Params, state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
-        known_steps = []
+        num_steps: list[Any] = []
 
         def one_stream(state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
             estimate, state = estimator.update(params, state, inputs)
-            known_steps.append(is_concrete(estimate.num_steps))
+            num_steps.append(estimate.num_steps)
             return estimate, state
 
         for leaf in jax.tree.leaves(inputs):
@@ -191,7 +188,8 @@ def per_stream(
                 )
         estimates, states = jax.vmap(one_stream, in_axes=(0, 1))(state, inputs)
         mean = jax.tree.map(_mean_over_streams, (estimates.loss, estimates.grads))
-        steps = estimates.num_steps[0] if all(known_steps) else estimates.num_steps
+        # One that is known stays so, though it has been through `vmap`.
+        steps = num_steps[0] if all(map(is_concrete, num_steps)) else estimates.num_steps
         return Estimate(mean[0], mean[1], steps, estimates.aux), states
 
     return GradientEstimator(init, update)

@@ -1,17 +1,17 @@
-"""Several estimators on one stream: averages of replicas, one for each group of parameters, and shadows."""
+"""Estimators from estimators: averages of replicas, one for each group, shadows, clipped estimates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import Aux, Estimate, GradientEstimator, Params, PyTree
-from jtrunc.checks import check_key, check_size
-from jtrunc.trees import inner_product, is_concrete
+from jtrunc.checks import check_choice, check_key, check_positive, check_size
+from jtrunc.trees import clip_to_norm, inner_product, is_concrete
 
 
 class PolicyState(NamedTuple):
@@ -176,6 +176,56 @@ def with_shadows(estimator: GradientEstimator, shadows: Mapping[str, GradientEst
         return main._replace(aux=main.aux._replace(diagnostics=diagnostics)), state
 
     return GradientEstimator(members.init, update)
+
+
+def clipped(
+    estimator: GradientEstimator, max_norm: float, *, by: Literal["all", "leaf"] = "all"
+) -> GradientEstimator:
+    """Estimates that are scaled down to a norm of at most c.
+
+        ĝ ← ĝ · min(1, c / ‖ĝ‖)
+
+    Biased wherever it clips, towards 0: E of the clipped is not the clipped E, and large estimates are where an
+    unbiased one makes up for its many small ones. `jtrunc.diagnostics.audit` measures by how much. Clip the
+    mean of `replicas` rather than each: it is clipped less often. With ``by="leaf"`` the direction changes too.
+    In an optimiser the same is `optax.clip_by_global_norm`; here the estimate itself is another, to be audited
+    or to be one member of `by_group`.
+
+    Args:
+      max_norm: c > 0, in units of the gradient: sums over the window, whose length it should follow.
+      by: "all" scales all parameters together, "leaf" each array by its own norm.
+
+    Returns:
+      A `GradientEstimator` with the further diagnostic ``clipped``: 1 where an estimate was scaled down; the
+      share of arrays by "leaf". NaN and infinities pass.
+
+    Raises:
+      TypeError, ValueError: a `max_norm` that is no positive finite number, another `by`.
+
+    Example: the gradient 3 clipped to 2.
+
+      >>> import jtrunc
+      >>> system = jtrunc.System(lambda theta, h, x: theta * h + x, lambda params, h, x: (h, ()))
+      >>> params, inputs = Params(jnp.float32(0.5)), jnp.ones(3, jnp.float32)
+      >>> estimator = clipped(jtrunc.bptt(system), 2.0)
+      >>> estimate, _ = estimator.update(params, estimator.init(params, jnp.float32(0)), inputs)
+      >>> round(float(estimate.grads.recurrent), 5), float(estimate.aux.diagnostics["clipped"])
+      (2.0, 1.0)
+    """
+    check_positive("clipped", "max_norm", max_norm)
+    check_choice("clipped", "by", by, Literal["all", "leaf"])
+
+    def update(params: Params, state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
+        estimate, state = estimator.update(params, state, inputs)
+        leaves, treedef = jax.tree.flatten(estimate.grads)
+        parts = [[leaf] for leaf in leaves] if by == "leaf" else [leaves]
+        done = [clip_to_norm(part, max_norm) for part in parts]
+        grads = jax.tree.unflatten(treedef, [leaf for part, _ in done for leaf in part])
+        share = jnp.mean(jnp.stack([clips for _, clips in done]), dtype=jnp.float32)
+        aux = estimate.aux._replace(diagnostics={**estimate.aux.diagnostics, "clipped": share})
+        return estimate._replace(grads=grads, aux=aux), state
+
+    return GradientEstimator(estimator.init, update)
 
 
 class _Members:

@@ -171,3 +171,45 @@ def inner_product(a: PyTree, b: PyTree) -> jax.Array:
         return jnp.sum((a.astype(dtype).conj() * b.astype(dtype)).real)
 
     return sum(jax.tree.leaves(jax.tree.map(of_leaves, a, b)), start=jnp.zeros((), jnp.float32))
+
+
+def norm_in_parts(tree: PyTree) -> tuple[jax.Array, jax.Array]:
+    """The global norm of the float leaves as m · r, m = the largest magnitude: no square over- or underflows.
+
+    m = 1 where all are zero or one is not finite; r then shows it (the maximum alone may drop a NaN).
+    """
+    leaves = [
+        jnp.abs(leaf).astype(wide_dtype(leaf.real))
+        for leaf in jax.tree.leaves(tree)
+        if is_inexact(leaf) and leaf.size
+    ]
+    largest = jnp.float32(0)
+    for leaf in leaves:
+        largest = jnp.maximum(largest, jnp.max(leaf))
+    largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    squares = [jnp.sum(jnp.square(leaf / largest.astype(leaf.dtype))) for leaf in leaves]
+    return largest, jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def clip_to_norm(tree: PyTree, limit: Any) -> tuple[PyTree, jax.Array]:
+    """The float leaves scaled down together to a global norm of at most `limit`, and whether they were.
+
+    A tree that is not finite comes back as it is, and so do integer and key leaves. Dtypes are kept.
+
+    Example:
+
+      >>> tree, clips = clip_to_norm({"a": jnp.float32(3), "b": jnp.float32(4)}, 2.5)
+      >>> {name: float(leaf) for name, leaf in tree.items()}, bool(clips)
+      ({'a': 1.5, 'b': 2.0}, True)
+    """
+    largest, relative = norm_in_parts(tree)
+    clips = jnp.isfinite(relative) & (relative > limit / largest)
+
+    def clip(leaf: jax.Array) -> jax.Array:
+        if not is_inexact(leaf):
+            return leaf
+        wide = leaf.astype(wide_dtype(leaf))
+        clipped = (wide / largest.astype(wide.real.dtype)) * (limit / relative).astype(wide.real.dtype)
+        return jnp.where(clips, clipped.astype(leaf.dtype), leaf)
+
+    return jax.tree.map(clip, tree), clips

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jtrunc
-from jtrunc import policies, training
+from jtrunc import optimizers, policies, training
 from tests import systems
 from tests.compare import assert_close, differ
 from tests.reference import to_vector
@@ -100,3 +100,66 @@ def test_shadows_in_training_are_in_the_metrics():
     )  # fmt: skip
     assert result.history["cosine/cut"].shape == (8,)
     assert np.all(np.abs(result.history["cosine/cut"]) <= 1 + 1e-6)
+
+
+@pytest.mark.parametrize("by", ["all", "leaf"])
+def test_clipped_estimates_have_the_norm_they_may(by):
+    exact = run(jtrunc.bptt(CASE.system))[0]
+    norms = {"all": [np.linalg.norm(to_vector(exact.grads))]}
+    norms["leaf"] = [np.linalg.norm(leaf) for leaf in jax.tree.leaves(exact.grads)]
+    limit = 1.01 * min(norms["leaf"])  # of the arrays all but one are too long
+    estimate = run(jtrunc.clipped(jtrunc.bptt(CASE.system), limit, by=by))[0]
+    scales = [min(1.0, limit / norm) for norm in norms[by]] * (len(norms["leaf"]) if by == "all" else 1)
+    for leaf, plain, scale in zip(*map(jax.tree.leaves, (estimate.grads, exact.grads)), scales, strict=True):
+        np.testing.assert_allclose(leaf, scale * plain, rtol=1e-12)
+    share = np.mean([scale < 1 for scale in scales])
+    np.testing.assert_allclose(estimate.aux.diagnostics["clipped"], share, rtol=1e-6)
+    free = run(jtrunc.clipped(jtrunc.bptt(CASE.system), 1e6, by=by))[0]
+    assert_close(free.grads, exact.grads)
+    assert free.aux.diagnostics["clipped"] == 0
+
+
+def test_clipping_refuses_what_is_no_limit():
+    exact = jtrunc.bptt(CASE.system)
+    with pytest.raises(ValueError, match=r"clipped: `max_norm` must be positive and finite, not 0"):
+        jtrunc.clipped(exact, 0)
+    with pytest.raises(TypeError, match=r"`max_norm` must be a positive number, not '1'"):
+        jtrunc.clipped(exact, "1")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"`by` must be 'all' or 'leaf', not 'row'"):
+        jtrunc.clipped(exact, 1.0, by="row")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.slow
+def test_clipping_makes_an_unbiased_estimator_biased(key):
+    """What the docstring says, by the audit: the same draws, with and without a limit that they often pass."""
+    made = {
+        "free": lambda system: jtrunc.artbp(system, LAW),
+        "clipped": lambda system: jtrunc.clipped(jtrunc.artbp(system, LAW), 2.0),
+    }
+    found = jtrunc.audit(
+        *CASE, estimators=made, key=key, num_draws=4000, confidence=1 - 1e-6, timed=False
+    ).findings
+    assert found["free"].bias.low == 0 and found["free"].arrived.holds(1)
+    assert found["clipped"].bias.low > 0.01 and found["clipped"].arrived.high < 1
+
+
+def test_a_running_norm_against_a_plain_loop():
+    norms = [1.0, 2.0, 50.0, 0.5, 0.0, 9.0, float("nan"), 4.0]
+    tx = optimizers.clip_by_running_norm(2.0, decay=0.8)
+    state = tx.init(jnp.zeros(2))
+    seen: list[float] = []
+    for norm in norms:
+        weights = 0.8 ** np.arange(len(seen))[::-1]
+        limit = 2.0 * (weights @ seen) / weights.sum() if seen else np.inf
+        update, state = tx.update(jnp.asarray([0.6, 0.8]) * norm, state)
+        expected = min(norm, limit)
+        np.testing.assert_allclose(np.linalg.norm(update), expected if np.isfinite(norm) else norm, rtol=1e-6)
+        if np.isfinite(norm):
+            seen.append(expected)
+    assert seen[2] == pytest.approx(2 * (0.8 + 2) / 1.8)
+
+
+@pytest.mark.parametrize(("given", "message"), [({"factor": 0}, "`factor`"), ({"decay": 1.0}, "`decay`")])
+def test_a_running_norm_refuses_what_it_cannot_use(given, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.clip_by_running_norm(**given)

@@ -103,6 +103,7 @@ def audit(
     num_draws: int = 200,
     warm_up: int = 0,
     lags: Sequence[int] = (),
+    lag_draws: int = 32,
     streams: int | None = None,
     confidence: float = 0.95,
     timed: bool = True,
@@ -124,14 +125,14 @@ def audit(
       params, hidden: where to measure. At initial parameters memories are short: train first.
       inputs: leaves (T, ...), some hundred steps.
       estimators: constructors by name, ``system -> estimator``, or pairs of one and the steps that its
-        updates are given (all of `inputs` by default: one update a pass). They are called with `system`
-        itself and with versions of it of which some losses do not count.
+        updates are given (all of `inputs` by default: one update a pass; a look-ahead may be longer). They
+        are called with `system` itself and with versions of it of which some losses do not count.
       key: a typed key.
       num_draws: passes of a random estimator, at least 2.
       warm_up: steps whose losses do not count; at least what `windowed_bptt` looks back.
       lags: k ≥ 0, each at most `warm_up`, for which to measure what arrives of θ's influence on losses k
-        steps later (lag 0: of the same step), `num_draws` passes each, over losses chosen at random. For one
-        scalar loss at a time, through a system without a structure.
+        steps later (lag 0: of the same step), through the system without its structure.
+      lag_draws: passes for each lag, each for the loss of one step that is chosen at random; at least 2.
       streams: B where an estimator is `per_stream`, whose inputs have axes (T, B, ...).
       confidence: of the intervals, in (0, 1).
       timed: whether to measure seconds; medians of alternated rounds.
@@ -155,7 +156,7 @@ def audit(
       {'cut': 0.375, 'exact': 0.0}
     """
     setting = _setting(
-        system, params, hidden, inputs, key, num_draws, warm_up, tuple(lags), streams, confidence
+        system, params, hidden, inputs, key, (num_draws, lag_draws), warm_up, tuple(lags), streams, confidence
     )
     chosen = with_windows("audit", estimators, setting.length)
     keys = jax.random.split(key, len(chosen))
@@ -179,7 +180,7 @@ class _Setting(NamedTuple):
     inputs: PyTree
     exact: Params
     length: int
-    num_draws: int
+    num_draws: tuple[int, int]
     warm_up: int
     lags: tuple[int, ...]
     streams: int | None
@@ -197,7 +198,7 @@ def _setting(
     hidden: PyTree,
     inputs: PyTree,
     key: Any,
-    num_draws: int,
+    num_draws: tuple[int, int],
     warm_up: int,
     lags: tuple[int, ...],
     streams: int | None,
@@ -207,8 +208,9 @@ def _setting(
     check_system("audit", system)
     check_key("audit", key, random=True)
     check_fraction("audit", "confidence", confidence)
-    if check_size("audit", "num_draws", num_draws) < 2:
-        raise ValueError("audit: `num_draws` must be at least 2, not 1; a variance needs two")
+    for name, count in zip(("num_draws", "lag_draws"), num_draws, strict=True):
+        if check_size("audit", name, count) < 2:
+            raise ValueError(f"audit: `{name}` must be at least 2, not 1; a variance needs two")
     if streams is None:
         length = check_step(system, params, hidden, inputs)
     else:
@@ -248,12 +250,12 @@ def _finding(setting: _Setting, name: str, make: Make, window: int, key: jax.Arr
     plain = make(system)
     along = make_pass(make(scoring(system)), window, params, hidden, setting.scored)
     _check_look_back(name, along, setting.warm_up)
-    keys = jax.random.split(draws_key, setting.num_draws)
+    keys = jax.random.split(draws_key, setting.num_draws[0])
     first = jax.device_get(gradients(along, params, hidden, setting.scored, keys[:2]))
     random = any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(first))
     if random:
         first = jax.device_get(gradients(along, params, hidden, setting.scored, keys))
-    count = setting.num_draws if random else 1
+    count = setting.num_draws[0] if random else 1
     errors = jax.tree.map(
         lambda leaf, exact: np.asarray(leaf[:count], _wide(leaf)) - np.asarray(exact), first, setting.exact
     )
@@ -313,8 +315,8 @@ def _by_lag(setting: _Setting, make: Make, window: int, key: jax.Array) -> dict[
             return None
         raise
     times_key, draws_key = jax.random.split(key)
-    keys = jax.random.split(draws_key, setting.num_draws)
-    times = jax.random.randint(times_key, (setting.num_draws,), setting.warm_up, setting.length)
+    keys = jax.random.split(draws_key, setting.num_draws[1])
+    times = jax.random.randint(times_key, keys.shape, setting.warm_up, setting.length)
     found = {}
     for lag in setting.lags:
         moments = lag_moments(

@@ -30,7 +30,8 @@ class Cost(NamedTuple):
         for it is replaced in place.
       flops_per_step: floating-point operations of one update, divided by the steps that it consumes; None
         where a loop's length is data.
-      depth: iterations of loops that must follow each other; None where a loop's length is data.
+      depth: iterations of loops that must follow each other, those that make random numbers included; 1
+        without any, None where a loop's length is data.
     """
 
     window: int
@@ -144,7 +145,7 @@ _CALL = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
 def sequential_depth(program: str) -> int | None:
-    """Loop iterations of a compiled program, one after another; None where a loop's length is data.
+    """Loop iterations of a compiled program, one after another, at least 1; None where a length is data.
 
     Loops inside a loop multiply, loops behind each other add. Read from the text of the program
     (``compiled.as_text()``), in which the compiler notes the lengths that it knows.
@@ -175,4 +176,5 @@ def sequential_depth(program: str) -> int | None:
             total += inner if not loop else int(trips[1]) * max(1, inner)  # pyright: ignore
         return total
 
-    return None if entry is None else depth(entry)
+    found = None if entry is None else depth(entry)
+    return None if found is None else max(1, found)

@@ -107,8 +107,7 @@ def plan(
 
     Args:
       system: the user's.
-      params, hidden, inputs: arrays, or `jax.ShapeDtypeStruct`; of `inputs` only the first steps are counted
-        for an estimator that comes with a window of its own.
+      params, hidden, inputs: arrays, or `jax.ShapeDtypeStruct`.
       estimators: constructors by name, or pairs of one and the steps that its updates are given (all of
         `inputs` by default). The name says what a wrapped estimator is: ``"rtrl"``, or ``"rtrl:..."``.
       memory_limit: bytes, or None.
@@ -118,8 +117,8 @@ def plan(
       A `Plan`.
 
     Raises:
-      TypeError, ValueError: no system, no estimator, a window longer than `inputs`, or what an estimator
-        objects to.
+      TypeError, ValueError: no system, no estimator, a window that is no positive integer, or what an
+        estimator objects to.
 
     Example: a tanh network that is too large for RTRL in a megabyte.
 
@@ -161,18 +160,15 @@ def with_windows(
         raise ValueError(
             f"{owner}: `estimators` must map at least one name to a constructor, not {estimators!r}"
         )
-    pairs = {}
+    pairs, window = {}, given
     for name, make in estimators.items():
-        make, window = make if isinstance(make, tuple) else (make, given)
-        if isinstance(make, GradientEstimator) or not callable(make):
+        if not isinstance(make, GradientEstimator):  # which is a tuple too
+            make, window = make if isinstance(make, tuple) else (make, given)
+        if not callable(make):
             raise TypeError(
                 f"{owner}: {name!r} must be a function system -> estimator, such as jtrunc.rtrl, not {make!r}"
             )
-        if check_size(owner, f"window of {name}", window) > given:
-            raise ValueError(
-                f"{owner}: an update of {name!r} is given {window} steps, but `inputs` has {given}; give more"
-            )
-        pairs[name] = (make, window)
+        pairs[name] = (make, check_size(owner, f"window of {name}", window))
     return pairs
 
 
@@ -187,7 +183,7 @@ def claim_of(name: str, make: Make, estimator: GradientEstimator) -> Claim:
 def cost_of(
     name: str, estimator: GradientEstimator, params: Params, hidden: PyTree, inputs: PyTree, window: int
 ) -> Cost:
-    """The `cost` of an update that is given the first steps of `inputs`."""
+    """The `cost` of an update that is given `window` steps like `inputs`."""
 
     def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((window, *leaf.shape[1:]), leaf.dtype)

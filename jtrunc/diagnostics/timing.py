@@ -22,10 +22,14 @@ def seconds_per_step(
 
     Args:
       estimators: by name, with the steps that an update is given.
-      params, hidden, inputs: `inputs` is read from its first step by every update.
+      params, hidden, inputs: `inputs` is read from its first step by every update, in a circle.
     """
+
+    def steps(window: int) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[np.arange(window) % len(leaf)], inputs)
+
     turns = {
-        name: _Turn(estimator, params, hidden, jax.tree.map(lambda leaf, size=window: leaf[:size], inputs))
+        name: _Turn(estimator, params, hidden, steps(window))
         for name, (estimator, window) in estimators.items()
     }
     seconds = [{name: turn.run() for name, turn in turns.items()} for _ in range(_ROUNDS)]

@@ -10,10 +10,12 @@ import tyro
 
 from jtrunc.experiments import parts
 from jtrunc.experiments.adaptive import Adaptive
+from jtrunc.experiments.audit import Audit as Audit
 from jtrunc.experiments.demo import Demo as Demo
 from jtrunc.experiments.influence_balancing import InfluenceBalancing
 from jtrunc.experiments.names import describe
 from jtrunc.experiments.nobacktrack import NoBackTrack
+from jtrunc.experiments.plan import Plan as Plan
 from jtrunc.experiments.ptb_characters import PtbCharacters
 from jtrunc.experiments.runs import Setup, compare, train
 from jtrunc.experiments.target_propagation import TargetPropagation

@@ -77,9 +77,11 @@ def truncated_bptt(system: jtrunc.System, *, length: int = 50) -> Windowed:
     return Windowed(jtrunc.truncated_bptt(system, length), length, length)
 
 
-def windowed_bptt(system: jtrunc.System, *, backward_steps: int = 50, loss_steps: int = 10) -> Windowed:
+def windowed_bptt(
+    system: jtrunc.System, *, backward_steps: int = 50, loss_steps: int = 10, average: bool = True
+) -> Windowed:
     """BPTT(K1, K2): scores the last K2 = loss_steps, looks back K1 = backward_steps; windows overlap."""
-    estimator = jtrunc.windowed_bptt(system, backward_steps, loss_steps)
+    estimator = jtrunc.windowed_bptt(system, backward_steps, loss_steps, average=average)
     return Windowed(estimator, backward_steps + 1, loss_steps)
 
 
@@ -113,6 +115,7 @@ def adaptive_bptt(
     num_times: int = 1,
     method: str = "least_squares",
     weighted: bool = False,
+    average: bool = True,
 ) -> Windowed:
     """BPTT(2K, K), K measured every `estimate_every` steps; --steps / initial-length updates, whatever K is.
 
@@ -135,6 +138,7 @@ def adaptive_bptt(
         num_times=num_times,
         streams=True,
         weighted=weighted,
+        average=average,
     )
     return Windowed(estimator, max(2 * max_length + 1, num_lags + num_times), initial_length)
 

@@ -150,6 +150,7 @@ def forward_estimator(
         grads = cast_like(estimate.grads, params)
         return Estimate(estimate.loss, grads, np.int32(length), Aux(aux, {})), state  # pyright: ignore
 
+    update.__qualname__ = f"{owner}.{update.__name__}"  # runs and messages name the algorithm by it
     return GradientEstimator(init, update)
 
 

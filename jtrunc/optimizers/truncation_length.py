@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jtrunc.checks import check_size
-from jtrunc.trees import is_inexact
+from jtrunc.checks import check_positive, check_size
+from jtrunc.trees import clip_to_norm
 
 
 def scale_by_truncation_length(
@@ -104,11 +104,7 @@ def clip_by_truncation_length(
       [0.06, 0.08]
     """
     owner = "clip_by_truncation_length"
-    if isinstance(max_norm, bool) or not isinstance(max_norm, Real):
-        raise TypeError(f"{owner}: `max_norm` must be a positive number, not {max_norm!r}")
-    if not 0.0 < max_norm < math.inf:
-        raise ValueError(f"{owner}: `max_norm` must be positive and finite, not {max_norm}; to clip "
-                         "nothing, leave it out of the chain")  # fmt: skip
+    max_norm = check_positive(owner, "max_norm", max_norm)
     fixed = None if length is None else check_size(owner, "length", length)
 
     def update(
@@ -119,18 +115,8 @@ def clip_by_truncation_length(
         truncation_length: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        limit = float(max_norm) / _length(owner, fixed, truncation_length)
-        largest, relative = _norm_in_parts(updates)
-        clips = jnp.isfinite(relative) & (relative > limit / largest)
-
-        def clip(leaf: jax.Array) -> jax.Array:
-            if not is_inexact(leaf):
-                return leaf
-            wide = leaf.astype(jnp.promote_types(leaf.dtype, "float32"))
-            clipped = (wide / largest.astype(wide.real.dtype)) * (limit / relative).astype(wide.real.dtype)
-            return jnp.where(clips, clipped.astype(leaf.dtype), leaf)
-
-        return jax.tree.map(clip, updates), state
+        limit = max_norm / _length(owner, fixed, truncation_length)
+        return clip_to_norm(updates, limit)[0], state
 
     return optax.GradientTransformationExtraArgs(_no_state, update)
 
@@ -153,21 +139,3 @@ def _length(owner: str, fixed: int | None, truncation_length: Any) -> jax.Array:
             "streams that share one window go inside the system, not into per_stream"
         )
     return jnp.asarray(length, jnp.result_type(float))
-
-
-def _norm_in_parts(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """The global norm as m · r, m = the largest magnitude, so that no square overflows or underflows.
-
-    m = 1 where all are zero or one is not finite; r then shows it (the maximum alone may drop a NaN).
-    """
-    leaves = [
-        jnp.abs(leaf).astype(jnp.promote_types(leaf.real.dtype, "float32"))
-        for leaf in jax.tree.leaves(tree)
-        if is_inexact(leaf) and leaf.size
-    ]
-    largest = jnp.float32(0)
-    for leaf in leaves:
-        largest = jnp.maximum(largest, jnp.max(leaf))
-    largest = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    squares = [jnp.sum(jnp.square(leaf / largest.astype(leaf.dtype))) for leaf in leaves]
-    return largest, jnp.sqrt(sum(squares, start=jnp.float32(0)))
