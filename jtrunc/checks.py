@@ -34,9 +34,10 @@ def check_positive(owner: str, name: str, value: Any) -> float:
     """A positive finite Python number, or a clear error."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: `{name}` must be a positive number, not {value!r}")
-    if not 0.0 < value < float("inf"):
+    number = float(value)
+    if not 0.0 < number < float("inf"):
         raise ValueError(f"{owner}: `{name}` must be positive and finite, not {value}")
-    return float(value)
+    return number
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Any) -> None:

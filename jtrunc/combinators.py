@@ -98,9 +98,8 @@ def continuous_time(system: System, time_step: float) -> System:
       [0.5, 0.25]
     """
     check_system("continuous_time", system)
-    time_step = check_positive(
-        "continuous_time", "time_step", time_step
-    )  # a NumPy number would widen the state
+    # As a Python number: one of NumPy would widen the state.
+    time_step = check_positive("continuous_time", "time_step", time_step)
 
     def advance(hidden: PyTree, rate: PyTree) -> PyTree:
         check_same_state("continuous_time: the rate", hidden, rate)

@@ -185,11 +185,11 @@ def clipped(
 
         ĝ ← ĝ · min(1, c / ‖ĝ‖)
 
-    Biased wherever it clips, towards 0: E of the clipped is not the clipped E, and large estimates are where an
-    unbiased one makes up for its many small ones. `jtrunc.diagnostics.audit` measures by how much. Clip the
-    mean of `replicas` rather than each: it is clipped less often. With ``by="leaf"`` the direction changes too.
-    In an optimiser the same is `optax.clip_by_global_norm`; here the estimate itself is another, to be audited
-    or to be one member of `by_group`.
+    Biased wherever it clips, towards 0: E of the clipped is not the clipped E, and large estimates are where
+    an unbiased one makes up for its many small ones. `jtrunc.audit` measures by how much. Clip the mean of
+    `replicas` rather than each: it is clipped less often. With ``by="leaf"`` the direction changes too. In an
+    optimiser the same is `optax.clip_by_global_norm`; here the estimate itself is another, to be audited or
+    to be one member of `by_group`.
 
     Args:
       max_norm: c > 0, in units of the gradient: sums over the window, whose length it should follow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,12 +108,12 @@ def test_clipped_estimates_have_the_norm_they_may(by):
     exact = run(jtrunc.bptt(CASE.system))[0]
     norms = {"all": [np.linalg.norm(to_vector(exact.grads))]}
     norms["leaf"] = [np.linalg.norm(leaf) for leaf in jax.tree.leaves(exact.grads)]
-    limit = 1.01 * min(norms["leaf"])  # of the arrays all but one are too long
+    limit = 1.01 * float(min(norms["leaf"]))  # of the arrays all but one are too long
     estimate = run(jtrunc.clipped(jtrunc.bptt(CASE.system), limit, by=by))[0]
     scales = [min(1.0, limit / norm) for norm in norms[by]] * (len(norms["leaf"]) if by == "all" else 1)
     for leaf, plain, scale in zip(*map(jax.tree.leaves, (estimate.grads, exact.grads)), scales, strict=True):
         np.testing.assert_allclose(leaf, scale * plain, rtol=1e-12)
-    share = np.mean([scale < 1 for scale in scales])
+    share = sum(scale < 1 for scale in scales) / len(scales)
     np.testing.assert_allclose(estimate.aux.diagnostics["clipped"], share, rtol=1e-6)
     free = run(jtrunc.clipped(jtrunc.bptt(CASE.system), 1e6, by=by))[0]
     assert_close(free.grads, exact.grads)
@@ -131,7 +132,7 @@ def test_clipping_refuses_what_is_no_limit():
 
 @pytest.mark.slow
 def test_clipping_makes_an_unbiased_estimator_biased(key):
-    """What the docstring says, by the audit: the same draws, with and without a limit that they often pass."""
+    """What the docstring says, by the audit, with and without a limit that draws often pass."""
     made = {
         "free": lambda system: jtrunc.artbp(system, LAW),
         "clipped": lambda system: jtrunc.clipped(jtrunc.artbp(system, LAW), 2.0),
@@ -151,6 +152,7 @@ def test_a_running_norm_against_a_plain_loop():
     for norm in norms:
         weights = 0.8 ** np.arange(len(seen))[::-1]
         limit = 2.0 * (weights @ seen) / weights.sum() if seen else np.inf
+        update: Any
         update, state = tx.update(jnp.asarray([0.6, 0.8]) * norm, state)
         expected = min(norm, limit)
         np.testing.assert_allclose(np.linalg.norm(update), expected if np.isfinite(norm) else norm, rtol=1e-6)

@@ -29,15 +29,14 @@ def clip_by_running_norm(factor: float = 3.0, *, decay: float = 0.99) -> optax.G
 
         g ← g · min(1, f · m / ‖g‖),   m = Σ_{s<t} βᵗ⁻¹⁻ˢ n_s / Σ_{s<t} βᵗ⁻¹⁻ˢ,   n_s = min(‖g_s‖, f · m_s)
 
-    A limit that needs no knowledge of the gradient's scale, which for sums over windows grows with the window
-    and with the reweighting of random ones. The limit of a gradient does not depend on that gradient; the norms
-    that make it are the clipped ones, so that a burst raises it by f at most for each update. The first
-    gradient is never clipped.
+    A limit that needs no knowledge of the gradient's scale, which for sums over windows grows with the
+    window and with the reweighting of random ones. The limit of a gradient does not depend on that gradient;
+    the norms that make it are the clipped ones, so that one burst cannot lift it far. The first gradient is
+    never clipped.
 
-    Biased wherever it clips, as all clipping: large estimates are where an unbiased estimator makes up for its
-    many small ones. f = 3 clips about one of a hundred norms of a light tail. `optax.clip_by_global_norm` has
-    a fixed limit, `clip_by_truncation_length` one that follows K, `jtrunc.clipped` clips inside an estimator,
-    where `jtrunc.audit` can measure the bias.
+    Biased wherever it clips, as all clipping: large estimates are where an unbiased estimator makes up for
+    its many small ones. `optax.clip_by_global_norm` has a fixed limit, `clip_by_truncation_length` one that
+    follows K; `jtrunc.clipped` clips inside an estimator, where `jtrunc.audit` can measure the bias.
 
     Args:
       factor: f > 0.
@@ -69,9 +68,7 @@ def clip_by_running_norm(factor: float = 3.0, *, decay: float = 0.99) -> optax.G
     def init(params: optax.Params) -> RunningNormState:
         return RunningNormState(jnp.float32(0), jnp.float32(0))
 
-    def update(
-        updates: optax.Updates, state: RunningNormState, params: optax.Params | None = None
-    ) -> tuple[Any, RunningNormState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, RunningNormState]:
         limit = jnp.where(state.weight > 0, factor * state.mean, jnp.inf)
         clipped, _ = clip_to_norm(updates, limit)
         largest, relative = norm_in_parts(updates)
