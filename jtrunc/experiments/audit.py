@@ -51,6 +51,8 @@ class Audit(Subject):
     """Folder for the results; it must not exist yet, or be empty."""
 
     def run(self) -> list[Path]:
+        if far := [lag for lag in self.lags if lag > self.warm_up]:
+            raise ValueError(f"--lags {far[0]} is beyond --warm-up {self.warm_up}: give a longer warm-up")
         tokens, model = read(self)
         estimators = constructors(self, model.system)
         length = self.warm_up + self.steps

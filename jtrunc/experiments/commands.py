@@ -31,11 +31,13 @@ class Train(Setup):
 
     estimator: str = "truncated-bptt:length=50"
     """Gradient estimator, with options: online-artbp:mean-length=50,alpha=4 (see `jtrunc list`)."""
+    shadows: tuple[str, ...] = ()
+    """Estimators that are watched beside it on the same windows; how well they agree is in the metrics."""
     output: Path = Path("runs/train")
     """Folder for the results; it must not exist yet, or be empty, unless --resume is given."""
 
     def run(self) -> list[Path]:
-        return train(self, self.estimator, self.output)
+        return train(self, self.estimator, self.shadows, self.output)
 
 
 @dataclass(frozen=True)

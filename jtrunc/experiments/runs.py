@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import jtrunc
 from jtrunc import cells, training
 from jtrunc.experiments.names import Choice, choose
-from jtrunc.experiments.parts import CELLS, ESTIMATORS, OPTIMIZERS, TASKS, Tokens
+from jtrunc.experiments.parts import CELLS, ESTIMATORS, OPTIMIZERS, TASKS, Tokens, Windowed
 from jtrunc.experiments.report import fresh_folder, table, write_json
 from jtrunc.experiments.sampling import sample
 from jtrunc.training.plots import Curve, learning_curves
@@ -94,15 +95,21 @@ def problem(setup: Setup) -> Problem:
 
 
 def one_run(
-    setup: Setup, given: Problem, estimator: Choice, folder: Path, splits: tuple[str, ...] = ("valid",)
+    setup: Setup,
+    given: Problem,
+    estimator: Choice,
+    folder: Path,
+    splits: tuple[str, ...] = ("valid",),
+    shadows: Sequence[Choice] = (),
 ) -> Run:
     """Trains every seed with one estimator, in a folder of its own; goes on with the run if it holds one.
 
-    The named splits of the data are evaluated on the way, of training data as much as there is held out.
+    Shadows are watched beside it. The named splits of the data are evaluated on the way, of training data as
+    much as there is held out.
     """
     system, streams = given.model.system, (setup.streams,)
     optimizer = choose(setup.optimizer, OPTIMIZERS, "optimizer")
-    made, window, consumed = estimator.make(system, **estimator.options)
+    made, window, consumed = _watched(estimator, shadows, system)
     held_out = max(len(given.data[name][0]) for name in ("valid", "test"))
     log_every = max(1, round(STEPS_PER_LINE / consumed))
     lines_per_evaluation = max(1, round(setup.evaluate_every / consumed / log_every))
@@ -126,6 +133,7 @@ def one_run(
             "task": choose(setup.task, TASKS, "task").full_label,
             "cell": choose(setup.cell, CELLS, "cell").full_label,
             "estimator": estimator.full_label,
+            **({"shadows": [shadow.full_label for shadow in shadows]} if shadows else {}),
             "optimizer": f"{optimizer.full_label} {setup.learning_rate}",
         },
         progress=True,
@@ -137,12 +145,40 @@ def one_run(
     return Run(estimator.label, result, timesteps, test.bits, time.monotonic() - start)
 
 
-def train(setup: Setup, estimator: str, output: Path) -> list[Path]:
-    """The command `train`: one estimator; returns the paths of picture, summary and sample."""
+def _watched(estimator: Choice, shadows: Sequence[Choice], system: jtrunc.System) -> Windowed:
+    """The estimator, with shadows that read the same windows."""
+    main = estimator.make(system, **estimator.options)
+    others = {shadow.label: shadow.make(system, **shadow.options) for shadow in shadows}
+    for label, other in others.items():
+        if (other.window, other.consumed) != (main.window, main.consumed):
+            raise ValueError(
+                f"--shadows: {label} consumes {other.consumed} of {other.window} steps an update, "
+                f"{estimator.label} {main.consumed} of {main.window}; give them the same, by their options"
+            )
+    if not others:
+        return main
+    members = {label: other.estimator for label, other in others.items()}
+    return main._replace(estimator=jtrunc.with_shadows(main.estimator, members))
+
+
+def train(setup: Setup, estimator: str, shadows: tuple[str, ...], output: Path) -> list[Path]:
+    """The command `train`: one estimator; returns the paths of pictures, summary and sample."""
     chosen = choose(estimator, ESTIMATORS, "estimator")
-    given = begin(setup, [chosen], output)
-    runs = [one_run(setup, given, chosen, output)]
-    return report(runs, setup, output) + samples(runs, given, output)
+    watched = [choose(text, ESTIMATORS, "estimator") for text in shadows]
+    given = begin(setup, [chosen], output, watched)
+    runs = [one_run(setup, given, chosen, output, shadows=watched)]
+    paths = report(runs, setup, output) + samples(runs, given, output)
+    return [alignment(runs[0], watched, output / "alignment.png"), *paths] if watched else paths
+
+
+def alignment(run: Run, shadows: Sequence[Choice], path: Path) -> Path:
+    """How well the shadows' gradients agreed with the one that trained, over time."""
+    history = run.result.history
+    curves = {
+        shadow.label: Curve(history["timestep"], history[f"cosine/{shadow.label}"]) for shadow in shadows
+    }
+    label = f"cosine with the gradient of {run.label}"
+    return learning_curves(curves, path, x_label="time steps of each stream", y_label=label)
 
 
 def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Path]:
@@ -158,11 +194,11 @@ def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Pat
     return report(runs, setup, output) + samples(runs, given, output)
 
 
-def begin(setup: Setup, estimators: list[Choice], output: Path) -> Problem:
+def begin(setup: Setup, estimators: list[Choice], output: Path, shadows: Sequence[Choice] = ()) -> Problem:
     """The problem, once every option has been read and before the folder is made: a refusal leaves none."""
     given = problem(setup)
     for estimator in estimators:
-        estimator.make(given.model.system, **estimator.options)
+        _watched(estimator, shadows, given.model.system)
     claim(setup.resume, output)
     return given
 
