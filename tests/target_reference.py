@@ -253,12 +253,13 @@ class TargetPropagation:
             now = self._gradients(params, window, inputs, penalty)
             self._dual_step(window, penalty, np.asarray(now.at.residual))
         last = self._gradients(params, window, inputs, penalty)
+        after = last
         if joint and settings.hidden_steps:
             self._hidden_step(window, last)
-        if has_duals and forward and settings.hidden_steps:
             after = self._gradients(params, window, inputs, penalty)
+        if has_duals and forward and settings.hidden_steps:
             self._dual_step(window, penalty, np.asarray(after.at.residual))
-        self._leave(window, last.at, true_end)
+        self._leave(window, after.at, true_end)
         return Result(
             loss=float(last.at.loss),
             grads=from_vector(last.params, params, conjugate=True),

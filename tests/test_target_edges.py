@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -114,6 +115,18 @@ def test_once_visited_no_loop_is_longer_than_a_block(seeds):
         return max(map(int, re.findall(r'known_trip_count":\{"n":"(\d+)"', text)))
 
     assert longest(estimator) <= 6 < longest(whole)
+
+
+def test_a_first_state_may_be_donated():
+    """No buffer is in it twice."""
+    estimator = jtrunc.target_propagation(CASE.system, 3, 1.0, initial="persistent", num_blocks=4)
+    state = estimator.init(CASE.params, jnp.copy(CASE.hidden))
+    leaves = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(leaves)) == len(leaves)
+    expected, _ = update_of(estimator)(state, CASE.inputs)
+    donated = jax.jit(partial(estimator.update, CASE.params), donate_argnums=0)
+    assert_close(donated(state, CASE.inputs)[0].grads, expected.grads)
+    assert jax.tree.leaves(state)[0].is_deleted()
 
 
 def test_a_state_of_another_size_is_refused():

@@ -71,8 +71,8 @@ def target_propagation(
     blocks, for every λ (errata 26): B = T is BPTT, B = 1 with steps on H the algorithm of section 2. Of an
     update with fewer blocks than the data set, h_N is a constant for the next, which sends nothing back.
 
-    Sequential depth: B steps for each step on H and for g (augmented_lagrangian: `hidden_steps` · B in all),
-    and T more for ``initial="forward"`` and for a first visit; BPTT has T. Memory O(T), and one state,
+    Sequential depth: B steps for each step on H and for g (augmented_lagrangian: `hidden_steps` · B in all
+    if H persists, B more if not), and T more for ``initial="forward"`` and for a first visit; BPTT has T. Memory O(T), and one state,
     multiplier and optimiser state for each block of the data set with `num_blocks`.
 
     Args:
@@ -82,7 +82,7 @@ def target_propagation(
       method: see above. `hidden_steps` = 0 leaves H where it starts.
       hidden_steps: gradient steps on H in an update.
       hidden_optimizer: an optax optimiser of H; ``optax.sgd(0.1)`` by default. Each block has its own: a
-        clipped norm, say, is that of one block, streams included.
+        clipped norm, say, is that of one block, streams included. With "forward" it starts anew like H.
       dual_optimizer: an optax optimiser that ascends along λ r; ``optax.sgd(1.0)`` by default, u ← u + r.
       constraint: C ≥ 0, ``(params, predicted, free) -> scalar`` for one block's state.
       loss_on: the loss of a block's last step reads ĥ_b ("predicted", eq. 6) or h_b ("free", eq. 8).
@@ -190,16 +190,16 @@ def _update(
         window = jax.lax.fori_loop(0, steps_alone, iteration, window)
     terms, window, grads, hidden_gradient = _pass(problem, params, window)
     window = hidden_step(window, hidden_gradient) if joint else window
-    if options.duals_last:
-        at_end = problem.terms(params, window.free) if joint else terms
-        window = _dual_step(problem, window, at_end.residual)
+    read_last = joint and (options.duals_last or options.initial == "predicted")
+    at_end = problem.terms(params, window.free) if read_last else terms
+    window = _dual_step(problem, window, at_end.residual) if options.duals_last else window
     diagnostics = {
         "primal_residual": _norm(terms.residual, options.axis_name),
         "dual_residual": _norm(hidden_gradient, options.axis_name),
         "constraint": _sum(terms.constraint, options.axis_name),
         "penalty": jnp.asarray(penalty, terms.constraint.dtype),
     }
-    free = terms.predicted if options.initial == "predicted" else with_inexact_part(template, window.free)
+    free = at_end.predicted if options.initial == "predicted" else with_inexact_part(template, window.free)
     state = _leave(options, state, window._replace(free=free), end)
     devices = 1 if options.axis_name is None else jax.lax.axis_size(options.axis_name)
     loss, grads = _sum((terms.loss, grads), options.axis_name)
@@ -246,7 +246,7 @@ def _first_state(options: Options, hidden: PyTree) -> TargetState:
     kept = options.initial != "forward"
     multipliers = jax.tree.map(jnp.zeros_like, floats) if options.has_duals else ()
     return state._replace(
-        initial=hidden,
+        initial=jax.tree.map(jnp.copy, hidden),  # its own buffer, so that a state may be donated
         free=rows if kept else (),
         multipliers=multipliers,
         hidden_optimizer=jax.vmap(options.hidden_optimizer.init)(floats) if kept else (),
