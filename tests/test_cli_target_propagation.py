@@ -187,6 +187,7 @@ def test_table_one_is_judged_by_its_numbers(capsys):
     figures.print_table(TABLES["minibatch"], figures.best_settings([*good, better]))
     shown = capsys.readouterr().out
     assert "H-steps = 1   81.00 (1.41)  130.93" in shown and "91.00" not in shown
+    assert "129.50" in shown, "decimals as in the paper"
 
 
 def test_table_two_is_judged_by_its_numbers(capsys):

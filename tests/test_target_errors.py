@@ -66,7 +66,33 @@ OPTIONS = {
     "constraint": Bad(with_options(constraint=0.1), TypeError, ("constraint", "0.1")),
     "system": Bad(lambda: make(CASE), TypeError, ("system", "Case")),  # pyright: ignore[reportArgumentType]
 }
+
+
+def update_of_another(other: dict[str, Any], **options: Any) -> Any:
+    """An update from a state that an estimator with other options made."""
+    state = make(CASE.system, **other).init(CASE.params, CASE.hidden)
+    return lambda: make(CASE.system, **options).update(CASE.params, state, CASE.inputs)
+
+
 UPDATES = {
+    "a state of another method": Bad(
+        update_of_another(dict(num_blocks=3), num_blocks=3, method="penalty"),
+        ValueError,
+        ("state.multipliers", "method", "init"),
+    ),
+    "a state of another initial": Bad(
+        update_of_another(dict(num_blocks=3), num_blocks=3, initial="persistent"),
+        ValueError,
+        ("state.free", "initial", "init"),
+    ),
+    "a state of another optimiser": Bad(
+        update_of_another(dict(num_blocks=3), num_blocks=3, dual_optimizer=optax.adam(0.1)),
+        ValueError,
+        ("state.dual_optimizer", "optimiser", "init"),
+    ),
+    "a state without blocks": Bad(
+        update_of_another(dict(), num_blocks=3), ValueError, ("state.initial", "num_blocks", "init")
+    ),
     "num_blocks": Bad(updating(num_blocks=4), ValueError, ("num_blocks", "4", "3")),
     "num_blocks below": Bad(
         updating(num_blocks=2, initial="persistent"), ValueError, ("num_blocks", "2", "3")
@@ -94,6 +120,11 @@ OBJECTIVES = {
     "free: other width": Bad(objective(free=jnp.zeros((3, 4))), ValueError, ("free", "[3, 3]", "[3, 4]")),
     "free: other dtype": Bad(objective(free=jnp.zeros((3, 3), jnp.float32)), TypeError, ("free", "float32")),
     "objective: block_length 0": Bad(objective(block_length=0), ValueError, ("block_length", "0")),
+    "objective: penalty x": Bad(objective(penalty="x"), TypeError, ("penalty", "x")),
+    "objective: penalty None": Bad(objective(penalty=None), TypeError, ("penalty", "None")),
+    "objective: penalty -1": Bad(objective(penalty=-1.0), ValueError, ("penalty", "-1")),
+    "objective: two penalties": Bad(objective(penalty=jnp.ones(2)), ValueError, ("penalty", "(2,)")),
+    "objective: constraint": Bad(objective(constraint=3), TypeError, ("constraint", "3")),
     "objective: loss_on": Bad(objective(loss_on="h"), ValueError, ("loss_on", "'h'")),
     "multipliers: other shape": Bad(
         objective(multipliers=jnp.zeros((2, 3))),

@@ -63,9 +63,7 @@ PLANS = {
     "predicted, dual Adam": Plan(
         dict(penalty=0.5, dual_optimizer=optax.adam(0.1), initial="predicted", loss_on="free", **KEPT)
     ),
-    "predicted, joint": Plan(
-        dict(penalty=0.5, method="augmented_lagrangian", initial="predicted", **KEPT)
-    ),
+    "predicted, joint": Plan(dict(penalty=0.5, method="augmented_lagrangian", initial="predicted", **KEPT)),
     "predicted, no step, joint": Plan(
         dict(penalty=0.5, method="augmented_lagrangian", hidden_steps=0, initial="predicted", **KEPT)
     ),

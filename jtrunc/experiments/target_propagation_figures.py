@@ -73,7 +73,8 @@ def _table_one(given: Table, results: Results) -> str:
             row = [f"{row_label(number)}{f', width {width}' if width else ''}"]
             for length in lengths:
                 method = Method(length, number, width=width)
-                row += [_cell(results, method), str(given.published.get(method.label, ""))]
+                paper = given.published.get(method.label)
+                row += [_cell(results, method), "" if paper is None else f"{paper:.2f}"]
             rows.append(row)
     return table(header, rows)
 

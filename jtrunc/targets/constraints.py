@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jtrunc.base import Params, PyTree
-from jtrunc.trees import inexact_part, inner_product
+from jtrunc.trees import inexact_part, inner_product, is_concrete
 
 Constraint = Callable[[Params, PyTree, PyTree], jax.Array]
 """``(params, predicted, free) -> scalar``, for the state at the end of one block; 0 where both agree."""
+NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
+"""What may stand for λ."""
+
+
+def check_constraint(owner: str, constraint: Any) -> None:
+    """A function, or a clear error."""
+    if not callable(constraint):
+        raise TypeError(
+            f"{owner}: `constraint` must be a function (params, predicted, free) -> scalar, such as "
+            f"jtrunc.targets.quadratic, not {constraint!r}"
+        )
+
+
+def check_penalty(owner: str, penalty: Any, wanted: str = "a number λ") -> None:
+    """A scalar λ ≥ 0, or a clear error."""
+    if isinstance(penalty, bool) or not isinstance(penalty, NUMBERS):
+        raise TypeError(
+            f"{owner}: `penalty` must be {wanted}, not {penalty!r}; a constraint function goes to "
+            "`constraint`"
+        )
+    if np.shape(penalty) != ():
+        raise ValueError(f"{owner}: `penalty` must be a scalar λ, not of shape {np.shape(penalty)}")
+    if is_concrete(penalty) and not 0 <= float(penalty) < float("inf"):
+        raise ValueError(f"{owner}: `penalty` must be finite and at least 0, not {penalty}")
 
 
 def residual_of(predicted: PyTree, free: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_alike, check_choice, check_size, check_step, check_system, shown
 from jtrunc.targets.blocks import cut_into_blocks, num_blocks_of, run_blocks
-from jtrunc.targets.constraints import Constraint, quadratic, residual_of
+from jtrunc.targets.constraints import Constraint, check_constraint, check_penalty, quadratic, residual_of
 from jtrunc.trees import inexact_part, inner_product, repeated, strongly_typed
 
 LossOn = Literal["predicted", "free"]
@@ -73,7 +73,8 @@ def objective(
       ``(value, Terms)``.
 
     Raises:
-      TypeError, ValueError: bad system, params, inputs, block length or `loss_on`; `free` without N rows.
+      TypeError, ValueError: bad system, params, inputs, block length, λ, `constraint` or `loss_on`; `free`
+        without N rows.
 
     Example: hₜ = θ hₜ₋₁ + 1, ℓₜ = hₜ, blocks of two steps; the free states 1 and 2 against ĥ = 1.5 and 1.75.
 
@@ -87,10 +88,8 @@ def objective(
     check_system("objective", system)
     check_size("objective", "block_length", block_length)
     check_choice("objective", "loss_on", loss_on, LossOn)
-    if jnp.shape(penalty) != ():
-        raise ValueError(
-            f"objective: `penalty` must be a scalar λ, not an array of shape {jnp.shape(penalty)}"
-        )
+    check_penalty("objective", penalty)
+    check_constraint("objective", constraint)
     start, free = strongly_typed((start, free))
     length = check_step(system, params, start, inputs)
     expected = num_blocks_of(length, block_length)

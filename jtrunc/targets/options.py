@@ -7,20 +7,18 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jtrunc.base import PyTree, System
 from jtrunc.checks import check_choice, check_count, check_size, check_system, shown
 from jtrunc.targets.blocks import num_blocks_of
-from jtrunc.targets.constraints import Constraint
+from jtrunc.targets.constraints import NUMBERS, Constraint, check_constraint, check_penalty
 from jtrunc.targets.objective import LossOn
 from jtrunc.targets.state import TargetState, blocks_of
-from jtrunc.trees import inexact_part, is_concrete
+from jtrunc.trees import inexact_part
 
 Method = Literal["admm", "penalty", "augmented_lagrangian"]
 Initial = Literal["forward", "persistent", "predicted"]
-_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 Penalty = float | jax.Array | Callable[[jax.Array], Any]
 
 
@@ -64,16 +62,13 @@ def check_options(options: Options) -> None:
     check_choice(owner, "method", options.method, Method)
     check_choice(owner, "loss_on", options.loss_on, LossOn)
     check_choice(owner, "initial", options.initial, Initial)
-    _check_penalty(options.penalty)
+    if not callable(options.penalty):
+        check_penalty(owner, options.penalty, "a number λ or a schedule count -> λ")
     check_count(owner, "hidden_steps", options.hidden_steps)
     for name in ("hidden_optimizer", "dual_optimizer"):
         if not isinstance(getattr(options, name), optax.GradientTransformation):
             raise TypeError(f"{owner}: `{name}` must be an optax optimiser, not {getattr(options, name)!r}")
-    if not callable(options.constraint):
-        raise TypeError(
-            f"{owner}: `constraint` must be a function (params, predicted, free) -> scalar, such as "
-            f"jtrunc.targets.quadratic, not {options.constraint!r}"
-        )
+    check_constraint(owner, options.constraint)
     if options.num_blocks is not None:
         check_size(owner, "num_blocks", options.num_blocks)
     elif options.initial != "forward":
@@ -99,20 +94,16 @@ def check_hidden(hidden: PyTree) -> None:
         )
 
 
-def _check_penalty(penalty: Any) -> None:
-    if callable(penalty):
-        return
-    if isinstance(penalty, bool) or not isinstance(penalty, _NUMBERS):
-        raise TypeError(
-            "target_propagation: `penalty` must be a number λ or a schedule count -> λ, not "
-            f"{penalty!r}; a constraint function goes to `constraint`"
-        )
-    if np.shape(penalty) != ():
-        raise ValueError(
-            f"target_propagation: `penalty` must be a scalar λ, not of shape {np.shape(penalty)}"
-        )
-    if is_concrete(penalty) and not 0 <= float(penalty) < float("inf"):
-        raise ValueError(f"target_propagation: `penalty` must be finite and at least 0, not {penalty}")
+def check_state(state: TargetState, expected: TargetState) -> None:
+    """A state of this estimator, or of one with the same options but another `num_blocks`."""
+    for name in TargetState._fields:
+        given, wanted = (jax.tree.structure(getattr(tree, name)) for tree in (state, expected))
+        if given != wanted:
+            raise ValueError(
+                f"target_propagation: `state.{name}` has the structure {given}, not {wanted}: it was made "
+                "with another `method`, `initial`, `num_blocks` or optimiser; make it by the `init` of this "
+                "estimator"
+            )
 
 
 def check_window(options: Options, state: TargetState, length: int) -> int:
@@ -147,7 +138,7 @@ def penalty_at(options: Options, count: jax.Array) -> Any:
     if not callable(options.penalty):
         return options.penalty
     value: Any = options.penalty(count)
-    if not isinstance(value, _NUMBERS) or jnp.shape(value) != ():
+    if not isinstance(value, NUMBERS) or jnp.shape(value) != ():
         raise ValueError(
             f"target_propagation: the schedule `penalty(count)` must return a scalar λ, not {shown(value)}"
         )

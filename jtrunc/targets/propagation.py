@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jtrunc.targets.options import (
     Penalty,
     check_hidden,
     check_options,
+    check_state,
     check_window,
     penalty_at,
 )
@@ -72,8 +74,9 @@ def target_propagation(
     update with fewer blocks than the data set, h_N is a constant for the next, which sends nothing back.
 
     Sequential depth: B steps for each step on H and for g (augmented_lagrangian: `hidden_steps` · B in all
-    if H persists, B more if not), and T more for ``initial="forward"`` and for a first visit; BPTT has T. Memory O(T), and one state,
-    multiplier and optimiser state for each block of the data set with `num_blocks`.
+    if H persists, B more if not), and T more for ``initial="forward"`` and for a first visit; BPTT has T.
+    Memory O(T), and one state, multiplier and optimiser state for each block of the data set with
+    `num_blocks`.
 
     Args:
       system: a `System`.
@@ -133,6 +136,7 @@ def target_propagation(
 
     def update(params: Params, state: TargetState, inputs: PyTree) -> tuple[Estimate, TargetState]:
         length = check_step(system, params, state.hidden, inputs)
+        check_state(state, jax.eval_shape(partial(_first_state, options), state.hidden))
         return _update(options, params, state, inputs, length)
 
     return GradientEstimator(init, update)
