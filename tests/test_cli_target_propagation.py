@@ -188,6 +188,9 @@ def test_table_one_is_judged_by_its_numbers(capsys):
     shown = capsys.readouterr().out
     assert "H-steps = 1   81.00 (1.41)  130.93" in shown and "91.00" not in shown
     assert "129.50" in shown, "decimals as in the paper"
+    narrow = [result(Method(10, 1, width=4), 90), result(Method(10, width=4), 88)]
+    figures.print_table(TABLES["minibatch"], figures.best_settings(narrow))
+    assert "130.93" in capsys.readouterr().out, "the paper's, whatever the width"
 
 
 def test_table_two_is_judged_by_its_numbers(capsys):

@@ -73,10 +73,15 @@ def _table_one(given: Table, results: Results) -> str:
             row = [f"{row_label(number)}{f', width {width}' if width else ''}"]
             for length in lengths:
                 method = Method(length, number, width=width)
-                paper = given.published.get(method.label)
+                paper = _published(given, method)
                 row += [_cell(results, method), "" if paper is None else f"{paper:.2f}"]
             rows.append(row)
     return table(header, rows)
+
+
+def _published(given: Table, method: Method) -> float | None:
+    """The paper's number, whatever the width here."""
+    return given.published.get(method._replace(width=0).label)
 
 
 def _table_two(results: Results) -> str:
@@ -206,7 +211,7 @@ def picture_of_steps(given: Table, results: Results, path: Path) -> Path:
     for i, length in enumerate(lengths):
         shown = [m for m in results if (m.block_length, m.width) == (length, widths[0])]
         found = {m: perplexities(results[m]) for m in shown}
-        paper = {m: np.array([given.published[m.label]]) for m in found if m.label in given.published}
+        paper = {m: np.array([value]) for m in found if (value := _published(given, m)) is not None}
         for axes, values in ((ours, found), (theirs, paper)):
             by_steps = {m.hidden_steps: v for m, v in values.items()}
             _steps_of(axes, numbers, by_steps, f"C{i}", f"B = {length}")
