@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jtrunc.base import GradientEstimator, Params, PyTree, System
-from jtrunc.checks import check_size
+from jtrunc.checks import check_count, check_size
 from jtrunc.probe import static_num_steps
 from jtrunc.training import checkpoint, configuration
 from jtrunc.training.chunk import Program, init_chunk
@@ -42,6 +42,7 @@ def train(
     seeds: int | Sequence[int] | None = None,
     log_every: int = 1,
     lead_in: bool = True,
+    max_non_finite: int = 0,
     eval_data: Mapping[str, PyTree] | None = None,
     eval_every: int | None = None,
     eval_hidden: PyTree = None,
@@ -83,6 +84,9 @@ def train(
         first. Whatever it is, every update is checked for NaN and infinities.
       lead_in: begin with shorter windows where the estimator scores only the end of each (`windowed_bptt`),
         so that no loss goes unscored; one compilation for each of them.
+      max_non_finite: how many updates of the run (of each seed) may be skipped because they are not finite:
+        parameters and optimiser stay as they are, the run goes on behind the data of that update (see
+        `train_step`), the metrics leave it out and count it as ``num_skipped``. The next one stops the run.
       eval_data: splits by name; each is evaluated from `eval_hidden` every `eval_every` updates, and at
         the end.
       eval_every: a multiple of `log_every`; None: at the end only.
@@ -99,9 +103,9 @@ def train(
 
     Raises:
       ValueError, TypeError: for arguments that do not fit, by name.
-      NonFiniteError: at the first update that is not finite, also in the middle of a line; the state before
-        it is in the exception's `result` and, with `out_dir`, in a checkpoint, and the metrics end with it
-        (the last line is then a shorter one). At most one chunk is computed twice.
+      NonFiniteError: at the first update that is not finite and may not be skipped, also in the middle of a
+        line; the state before it is in the exception's `result` and, with `out_dir`, in a checkpoint, and the
+        metrics end with it (the last line is then a shorter one). At most one chunk is computed twice.
       TrainingInterrupted: a KeyboardInterrupt after Ctrl-C or SIGTERM, once the chunk is done and saved.
       CheckpointError, ConfigurationError, OSError: if the run cannot be saved or resumed.
 
@@ -121,13 +125,14 @@ def train(
     options = _check_options(
         num_updates, log_every, window, eval_data, eval_every, out_dir, checkpoint_every, keep, resume
     )
+    check_count("train", "max_non_finite", max_non_finite)
     seed_numbers, key = check_seeds(seeds), _check_key(key)
     stream = circular(data, window)
     inputs = window_at(stream.rows, jnp.int32(0), window)
     num_steps = static_num_steps(estimator, _shapes_of(params, key), hidden, inputs)
     axis = SeedAxis.NONE if seed_numbers is None else SeedAxis.VMAP if num_steps else SeedAxis.MAP
     program = Program(estimator, optimizer, window, _LINES_AT_ONCE, log_every, axis)
-    state = _first_state(program, params, hidden, key, seed_numbers)
+    state = _first_state(program, params, hidden, key, seed_numbers, max_non_finite)
     runner = Runner(
         program=program,
         stream=stream,
@@ -142,6 +147,7 @@ def train(
     if out_dir is not None:
         given = {"seeds": seed_numbers, "key": jax.random.key_data(key).tolist(), "log_every": log_every,
                  "lead_in": bool(lead_in), "given": dict(config or {})}  # fmt: skip
+        given |= {"max_non_finite": max_non_finite} if max_non_finite else {}
         described = configuration.configuration(program, state, inputs, data, given)
         _open(runner, Path(out_dir), state, described, resume)
     with deferred_interrupt() as stop:
@@ -149,11 +155,19 @@ def train(
 
 
 def _first_state(
-    program: Program, params: Any, hidden: PyTree, key: jax.Array, seeds: tuple[int, ...] | None
+    program: Program,
+    params: Any,
+    hidden: PyTree,
+    key: jax.Array,
+    seeds: tuple[int, ...] | None,
+    max_non_finite: int,
 ) -> TrainState:
     run_key = key if seeds is None else jnp.stack([seed_key(key, seed) for seed in seeds])
     init_params, given = (params, None) if callable(params) else (None, params)
-    return init_chunk(program, init_params, given, hidden, run_key)
+    state = init_chunk(program, init_params, given, hidden, run_key)
+    if max_non_finite:
+        state = state._replace(skips_left=jnp.full(run_key.shape, max_non_finite, jnp.int32))
+    return state
 
 
 def _drive(runner: Runner, stop: StopRequest, show: bool | None) -> TrainResult:

@@ -34,8 +34,8 @@ class TrainResult:
       state: the last `TrainState`; with seeds likewise, but for `cursor`, `update` and `timestep` where all
         seeds share them (estimators whose lengths are known at trace time).
       history: one array per name, (lines,) or (lines, seeds): ``update``, ``timestep``, ``num_steps``
-        (consumed), ``num_scored``, ``loss`` (nats per scored step), ``grad_norm`` and the estimator's
-        diagnostics.
+        (consumed), ``num_scored``, ``loss`` (nats per scored step), ``grad_norm``, the estimator's
+        diagnostics and, where they are allowed, ``num_skipped`` updates.
       evaluations: by name of the split: ``update``, ``nats`` and ``bits`` per step.
       seeds: the seeds in the order of the axis, or None for a solo run.
     """
@@ -236,19 +236,26 @@ class Runner:
                 values = values.total.astype(dtype) + values.rest
             return np.add.reduceat(values.astype(dtype), starts, axis=0)
 
-        def mean(values: Sum) -> np.ndarray:
-            sums = total(values)
-            return sums / np.add.reduceat(counts, starts).reshape(-1, *(1,) * (sums.ndim - 1))
+        def mean(values: Sum, number: np.ndarray) -> np.ndarray:
+            sums = total(values)  # NaN where there is nothing to average: all updates were skipped
+            return np.divide(sums, number, out=np.full_like(sums, np.nan), where=number > 0)
 
         num_steps, num_scored = (total(count, np.int64) for count in (rows.num_steps, rows.num_scored))
+        made = np.add.reduceat(counts, starts).reshape(-1, *(1,) * (num_steps.ndim - 1))
+        skipped = {}
+        if rows.num_skipped is not None:
+            skipped = {"num_skipped": total(rows.num_skipped, np.int64)}
+            made = made - skipped["num_skipped"]
+        made = np.broadcast_to(made, num_steps.shape)
         return {
             "update": ends[np.append(starts[1:], len(ends)) - 1],
             "timestep": self.timesteps + np.cumsum(num_steps, axis=0),
             "num_steps": num_steps,
             "num_scored": num_scored,
-            "loss": total(rows.loss) / num_scored,
-            "grad_norm": mean(rows.grad_norm),
-            **{name: mean(values) for name, values in rows.diagnostics.items()},
+            "loss": mean(rows.loss, num_scored),
+            "grad_norm": mean(rows.grad_norm, made),
+            **{name: mean(values, made) for name, values in rows.diagnostics.items()},
+            **skipped,
         }
 
     def _evaluate(self) -> None:
@@ -283,12 +290,13 @@ class Runner:
             if self.seeds is None
             else f", seed {', '.join(str(self.seeds[i]) for i in np.flatnonzero(bits))}"
         )
+        spent = "" if self.state.skips_left is None else ", and `max_non_finite` were skipped before it"
         kept = "" if self.output is None else f" and in {self.output.checkpoints}"
         raise NonFiniteError(
             f"{describe_non_finite(int(bits[position]))} not finite at update {self.update + 1}, timestep "
-            f"{timesteps[position]}{seed}, estimator {estimator_name(self.program.estimator)}; the state "
-            f"after update {self.update} is in this error's `result`{kept}. Lower the learning rate or clip "
-            "the gradients",
+            f"{timesteps[position]}{seed}, estimator {estimator_name(self.program.estimator)}{spent}; the "
+            f"state after update {self.update} is in this error's `result`{kept}. Lower the learning rate or "
+            "clip the gradients",
             self.result(),
         )
 

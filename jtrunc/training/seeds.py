@@ -29,7 +29,7 @@ class SeedAxis(enum.Enum):
     MAP = "map"
 
 
-_AXES: Any = (0, 0, 0, None, None, None)
+_AXES: Any = (0, 0, 0, None, None, None, 0)
 _SHARED = TrainState(*_AXES)
 
 

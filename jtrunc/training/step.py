@@ -12,7 +12,8 @@ import optax
 
 from jtrunc.base import GradientEstimator, Params, PyTree
 from jtrunc.optimizers import feed_metric
-from jtrunc.trees import is_inexact, strongly_typed
+from jtrunc.targets.state import TargetState
+from jtrunc.trees import is_inexact, select, strongly_typed
 
 MAX_TIMESTEP = np.iinfo(np.int32).max
 """`TrainState.timestep` stops here and never wraps to a negative number."""
@@ -32,6 +33,8 @@ class TrainState(NamedTuple):
       update: int32, how many updates were made.
       timestep: int32, how many steps were consumed; it stops at 2³¹ − 1 (a schedule such as 1/√t is flat
         by then), the metrics of a run count on in 64 bits.
+      skips_left: int32, how many more updates may be skipped because they are not finite; None where none
+        is, which costs nothing.
     """
 
     params: Params
@@ -40,6 +43,7 @@ class TrainState(NamedTuple):
     cursor: jax.Array
     update: jax.Array
     timestep: jax.Array
+    skips_left: jax.Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -53,6 +57,8 @@ class StepMetrics(NamedTuple):
       grad_norm: Euclidean norm of the gradient estimate over all parameters.
       non_finite: int32 bits, 0 if all is well; bit i is set where `NON_FINITE[i]` is not finite.
       diagnostics: the estimator's other named scalars; they may be infinite.
+      num_skipped: int32, 1 if the update was skipped: every number but `num_steps` is then 0. None where
+        none is skipped.
     """
 
     loss: jax.Array
@@ -61,6 +67,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     non_finite: jax.Array
     diagnostics: dict[str, jax.Array]
+    num_skipped: jax.Array | None = None
 
 
 def init_state(
@@ -102,6 +109,11 @@ def train_step(
     them. An estimator that scales by the optimiser's Kalman metric gets the new one
     (`jtrunc.optimizers.feed_metric`). Pure: jit it with ``static_argnums=(0, 1)``.
 
+    Where the state has `skips_left`, an update that is not finite changes neither parameters nor optimiser as
+    long as skips are left. The run goes on behind its data, and the estimator's state goes with it if it is
+    finite itself; else it stays as it was, but for the `position` of a `TargetState`, whose blocks follow
+    the data. That needs room for both states.
+
     Args:
       estimator: the gradient estimator.
       optimizer: any optax optimiser.
@@ -124,7 +136,13 @@ def train_step(
     params: Any = optax.apply_updates(state.params, updates)
     estimator_state = feed_metric(estimator_state, opt_state)
     new_state = TrainState(
-        params, opt_state, estimator_state, state.cursor + num_steps, state.update + 1, timestep
+        params,
+        opt_state,
+        estimator_state,
+        state.cursor + num_steps,
+        state.update + 1,
+        timestep,
+        state.skips_left,
     )
     metrics = StepMetrics(
         jnp.asarray(estimate.loss),
@@ -134,7 +152,38 @@ def train_step(
         _non_finite(estimate.loss, estimate.grads, params, estimator_state.hidden),
         diagnostics,
     )
-    return new_state, metrics
+    return (new_state, metrics) if state.skips_left is None else _skip_non_finite(state, new_state, metrics)
+
+
+def _skip_non_finite(
+    before: TrainState, after: TrainState, metrics: StepMetrics
+) -> tuple[TrainState, StepMetrics]:
+    """The update, or what is left of it if it is not finite and may be skipped."""
+    assert before.skips_left is not None
+    skip = (metrics.non_finite != 0) & (before.skips_left > 0)
+    moved = feed_metric(after.estimator_state, before.opt_state)
+    kept = select(_non_finite(moved) == 0, moved, _at_next_blocks(before.estimator_state, moved))
+    num_skipped = skip.astype(jnp.int32)
+    state = after._replace(
+        params=select(skip, before.params, after.params),
+        opt_state=select(skip, before.opt_state, after.opt_state),
+        estimator_state=select(skip, kept, after.estimator_state),
+        skips_left=before.skips_left - num_skipped,
+    )
+    nothing = jax.tree.map(jnp.zeros_like, metrics)._replace(num_steps=metrics.num_steps)
+    return state, select(skip, nothing, metrics)._replace(num_skipped=num_skipped)
+
+
+def _at_next_blocks(before: Any, after: Any) -> Any:
+    """An estimator's state before an update, but for the place of target propagation's blocks in the data."""
+
+    def of_blocks(state: Any) -> bool:
+        return isinstance(state, TargetState)
+
+    def place(old: Any, new: Any) -> Any:
+        return old._replace(position=new.position) if of_blocks(old) else old
+
+    return jax.tree.map(place, before, after, is_leaf=of_blocks)
 
 
 def global_norm(tree: PyTree) -> jax.Array:

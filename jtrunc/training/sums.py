@@ -36,6 +36,7 @@ class MetricSums(NamedTuple):
       non_finite: int32, the bits of all updates together.
       good: int32, updates before the first that is not finite; `num_updates` if all is well.
       diagnostics: a `Sum` for each of the estimator's named scalars.
+      num_skipped: int32, how many of the updates were skipped; None where none is.
     """
 
     num_updates: jax.Array
@@ -46,6 +47,7 @@ class MetricSums(NamedTuple):
     non_finite: jax.Array
     good: jax.Array
     diagnostics: dict[str, Sum]
+    num_skipped: jax.Array | None = None
 
 
 def no_sums(metrics: StepMetrics) -> MetricSums:
@@ -57,8 +59,9 @@ def no_sums(metrics: StepMetrics) -> MetricSums:
 
     none = jnp.int32(0)
     diagnostics = {name: empty(leaf) for name, leaf in metrics.diagnostics.items()}
+    num_skipped = None if metrics.num_skipped is None else none
     return MetricSums(
-        none, empty(metrics.loss), none, none, empty(metrics.grad_norm), none, none, diagnostics
+        none, empty(metrics.loss), none, none, empty(metrics.grad_norm), none, none, diagnostics, num_skipped
     )
 
 
@@ -85,6 +88,7 @@ def add_update(sums: MetricSums, metrics: StepMetrics) -> MetricSums:
         non_finite=non_finite,
         good=sums.good + (non_finite == 0),
         diagnostics={name: _add(sums.diagnostics[name], leaf) for name, leaf in metrics.diagnostics.items()},
+        num_skipped=jax.tree.map(jnp.add, sums.num_skipped, metrics.num_skipped),
     )
 
 
