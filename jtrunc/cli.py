@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except FloatingPointError as error:
         return _fail(str(error), 1)
+    except RuntimeError as error:
+        from jtrunc.training import CheckpointError
+
+        if not isinstance(error, CheckpointError):
+            raise
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _interrupted(given, command)
     for path in paths:

@@ -156,6 +156,52 @@ def test_resume_refuses_another_configuration(capsys, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["training", "test"])
+def test_a_text_that_has_changed_by_one_byte_is_not_resumed(part, capsys, tmp_path):
+    """Neither the vocabulary nor any length changes; nor, with the test part, anything that trains."""
+    text = tmp_path / "book.txt"
+    text.write_bytes(b"to be or not to be, that is the question. " * 60)
+    command = ["train", "--data", str(text), "--cell", "tanh:width=4", "--streams", "2", "--steps", "40"]
+    command += ["--estimator", "truncated-bptt:length=5", "--output", str(tmp_path / "run")]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    content = bytearray(text.read_bytes())
+    place = {"training": 30, "test": -30}[part]
+    content[place] = ord("e") if content[place] != ord("e") else ord("o")
+    text.write_bytes(content)
+    assert main([*command, "--resume"]) == 2
+    shown = capsys.readouterr().err
+    assert "another configuration (SHA-256 of the text: " in shown and len(shown.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    text.write_bytes(b"to be or not to be, that is the question. " * 60)
+    assert main([*command, "--resume"]) == 0
+
+
+def test_updates_that_may_be_skipped(capsys, tmp_path):
+    """A learning rate that overflows at once: a failure with one line, after as many skips as were given."""
+    command = ["train", *SMALL, "--optimizer", "sgd", "--learning-rate", "1e38"]
+    command += ["--estimator", "truncated-bptt:length=5"]
+    for limit in (0, 3):
+        output = ["--output", str(tmp_path / str(limit))]
+        assert main([*command, *output, "--max-non-finite", str(limit)]) == 1
+        shown = capsys.readouterr().err
+        assert "not finite at update" in shown and ("were skipped" in shown) == (limit > 0)
+    assert main(["train", *SMALL, "--max-non-finite", "-1"]) == 2
+    assert "--max-non-finite must be at least 0" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_saved_ends_with_one_line(capsys, tmp_path, monkeypatch):
+    from jtrunc.training import CheckpointError, checkpoint
+
+    def fail(*arguments, **options):
+        raise CheckpointError("could not write the checkpoint: make room")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    assert main(["train", *SMALL, "--output", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "jtrunc: error: could not write the checkpoint: make room\n"
+
+
+@pytest.mark.slow
 def test_train_writes_what_it_promises(capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60)

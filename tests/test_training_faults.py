@@ -155,6 +155,14 @@ def test_resuming_as_another_run_is_refused_and_nothing_is_touched(tmp_path: Pat
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_evaluation_data_that_have_changed_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, num_updates=10, eval_data={"valid": CASE.inputs})
+    other = CASE.inputs.at[3, 0].add(1e-6)
+    with pytest.raises(ConfigurationError, match="valid: "):
+        run(tmp_path, resume=True, eval_data={"valid": other})
+    assert int(run(tmp_path, resume=True, eval_data={"valid": CASE.inputs}).state.update) == 40
+
+
 def test_a_folder_with_a_run_is_not_begun_again(tmp_path: Path) -> None:
     run(tmp_path, num_updates=10)
     with pytest.raises(ConfigurationError, match="holds a run already"):

@@ -46,6 +46,8 @@ class Setup:
     """Time steps of each stream to train on; a run has steps / (window length) updates."""
     evaluate_every: int = 10_000
     """Time steps between two evaluations on the validation data."""
+    max_non_finite: int = 0
+    """Updates of a run that may be skipped because they are NaN or infinite; the next one stops it."""
     resume: bool = False
     """Go on with the run in --output."""
 
@@ -83,6 +85,8 @@ def problem(setup: Setup) -> Problem:
     for name in ("streams", "seeds", "steps", "evaluate_every"):
         if getattr(setup, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(setup, name)}")
+    if setup.max_non_finite < 0:
+        raise ValueError(f"--max-non-finite must be at least 0, got {setup.max_non_finite}")
     if not setup.learning_rate > 0:
         raise ValueError(f"--learning-rate must be positive, got {setup.learning_rate}")
     tokens = task.make(setup.data, **task.options)
@@ -125,6 +129,7 @@ def one_run(
         num_updates=max(1, round(setup.steps / consumed)),
         seeds=setup.seeds,
         log_every=log_every,
+        max_non_finite=setup.max_non_finite,
         eval_data={name: tuple(leaf[:held_out] for leaf in given.data[name]) for name in splits},
         eval_every=lines_per_evaluation * log_every,
         out_dir=folder,
@@ -135,6 +140,7 @@ def one_run(
             "estimator": estimator.full_label,
             **({"shadows": [shadow.full_label for shadow in shadows]} if shadows else {}),
             "optimizer": f"{optimizer.full_label} {setup.learning_rate}",
+            **given.tokens.fingerprint,
         },
         progress=True,
     )

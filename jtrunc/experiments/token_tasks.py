@@ -5,9 +5,10 @@ Keyword-only parameters are the options of a name: ``copy:shortest=5,longest=10`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ class Tokens(NamedTuple):
       test: the same, of data that no choice was made on.
       vocabulary: to write samples with, or None.
       summary: one line for the reader: source, size, known bounds.
+      fingerprint: what a run must find again when it is resumed: the hash of a text.
     """
 
     num_classes: int
@@ -34,6 +36,7 @@ class Tokens(NamedTuple):
     test: Callable[[int], Any]
     vocabulary: text.Vocabulary | tasks.words.Vocabulary | None
     summary: str
+    fingerprint: Mapping[str, str] = MappingProxyType({})
 
 
 def _of_corpus(corpus: corpora.Corpus | tasks.words.Corpus) -> Tokens:
@@ -49,6 +52,7 @@ def _of_corpus(corpus: corpora.Corpus | tasks.words.Corpus) -> Tokens:
         lambda streams: text.lanes(corpus.test, streams),
         corpus.vocabulary,
         f"{source.name}: {source.num_files} files, {counted}, SHA-256 {source.sha256[:12]}",
+        {"SHA-256 of the text": source.sha256},
     )
 
 

@@ -22,7 +22,7 @@ from jtrunc.training.step import TrainState, train_step
 FILE = "config.json"
 _STEP = jax.jit(train_step, static_argnums=(0, 1))
 _TIED_TO_BACKEND = ("backend", "program", "first state")
-_HASHES = ("data", "program", "first state")
+_HASHES = ("data", "evaluation data", "program", "first state")
 
 
 class ConfigurationError(ValueError):

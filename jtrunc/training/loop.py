@@ -148,6 +148,9 @@ def train(
         given = {"seeds": seed_numbers, "key": jax.random.key_data(key).tolist(), "log_every": log_every,
                  "lead_in": bool(lead_in), "given": dict(config or {})}  # fmt: skip
         given |= {"max_non_finite": max_non_finite} if max_non_finite else {}
+        if runner.eval_data:
+            splits = runner.eval_data.items()
+            given["evaluation data"] = {name: configuration.hash_tree(split) for name, split in splits}
         described = configuration.configuration(program, state, inputs, data, given)
         _open(runner, Path(out_dir), state, described, resume)
     with deferred_interrupt() as stop:
