@@ -94,6 +94,15 @@ def test_any_damaged_file_means_the_step_before(folder: Path, which: int, damage
     assert_same(restored.state, state_of(20))
 
 
+def test_a_damaged_later_step_does_not_count_among_the_newest(folder: Path) -> None:
+    """A run that went on from update 20 saves 25 and keeps it, although the damaged 30 is newer."""
+    (folder / "00000030" / "manifest.json").write_text("{")
+    save(folder, 25, state_of(25), keep=1)
+    assert list_steps(folder) == [25, 30]
+    with pytest.warns(RuntimeWarning, match="update 25"):
+        assert_same(restore(folder, state_of()).state, state_of(25))
+
+
 def test_an_unfinished_step_is_no_step(folder: Path) -> None:
     shutil.copytree(folder / "00000030", folder / ".unfinished-00000040")
     assert restore(folder, state_of()).update == 30
@@ -132,7 +141,7 @@ def test_another_structure_or_dtype_is_an_error(folder: Path, name: str, leaf: A
 def test_a_manifest_with_an_edited_hash_is_noticed(folder: Path) -> None:
     path = folder / "00000030" / "manifest.json"
     sealed = json.loads(path.read_text())
-    sealed["body"]["config_hash"] = "abd"
+    sealed["body"]["content"]["config_hash"] = "abd"
     path.write_text(json.dumps(sealed))
     with pytest.warns(RuntimeWarning, match=r"manifest\.json was changed"):
         assert restore(folder, state_of(), config_hash="abc").update == 20
@@ -147,7 +156,7 @@ def test_a_full_disk_leaves_the_older_steps(folder: Path, monkeypatch: Any, plac
         if place == "rename":
             patched.setattr(os, "replace", full)
         elif place == "manifest":
-            patched.setattr(checkpoint, "_write_manifest", full)
+            patched.setattr(checkpoint, "seal", full)
         else:
             import orbax.checkpoint
 

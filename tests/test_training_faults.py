@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from jtrunc.sealed import read_seal, seal
 from jtrunc.training import (
     CheckpointError,
     ConfigurationError,
@@ -134,6 +135,25 @@ def test_metrics_that_lack_lines_are_an_error(tmp_path: Path) -> None:
         run(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("damage", ["gap", "duplicate", "digit"])
+def test_metrics_that_have_changed_are_an_error(tmp_path: Path, damage: str) -> None:
+    run(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    place = lines[7].index('"loss": ') + 12
+    digit = str((int(lines[7][place]) + 1) % 10)
+    changed = {
+        "gap": [],
+        "duplicate": lines[7:8] * 2,
+        "digit": [lines[7][:place] + digit + lines[7][place + 1 :]],
+    }
+    metrics.write_text("".join(lines[:7] + changed[damage] + lines[8:]))
+    with pytest.raises(CheckpointError, match="or they are not those that were there"):
+        run(tmp_path, resume=True)
+    metrics.write_text("".join(lines))
+    assert int(run(tmp_path, resume=True).state.update) == 40
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "window": {"window": 6},
     "seeds": {"seeds": 2},
@@ -186,9 +206,7 @@ def test_another_release_of_jax_is_a_warning(tmp_path: Path) -> None:
 def checkpoint_hash(step: Path, saved: dict[str, Any]) -> None:
     from jtrunc.training.configuration import hash_configuration
 
-    manifest = step / "manifest.json"
-    body = json.loads(manifest.read_text())["body"] | {"config_hash": hash_configuration(saved)}
-    manifest.write_text(json.dumps({"sha256": checkpoint._seal(body), "body": body}))
+    seal(step, read_seal(step) | {"config_hash": hash_configuration(saved)})
 
 
 def poisoned(update: int) -> Any:
@@ -314,10 +332,7 @@ def test_sigkill_and_resume_in_another_process(tmp_path: Path) -> None:
     subprocess.run(command("killed", "resume"), env=environment, cwd=root, check=True, timeout=120)
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 200
-    arrays = [
-        checkpoint._checked_manifest(tmp_path / name / "checkpoints" / "00000200")
-        for name in ("whole", "killed")
-    ]
+    arrays = [read_seal(tmp_path / name / "checkpoints" / "00000200") for name in ("whole", "killed")]
     assert arrays[0]["leaves"] == arrays[1]["leaves"] and arrays[0]["extra"] == arrays[1]["extra"]
 
 

@@ -10,8 +10,6 @@ Orbax by itself restores some single bit flips without a word: the manifest is c
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import warnings
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import PyTree
+from jtrunc.sealed import Damaged, read_seal, seal, sync
 from jtrunc.training.extras import require
 
 _TEMPORARY = ".unfinished-"
@@ -46,10 +45,6 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
-class _Corrupt(Exception):
-    """The files of one step are not those that were written."""
-
-
 def save(
     folder: str | Path,
     update: int,
@@ -59,7 +54,9 @@ def save(
     extra: dict[str, Any] | None = None,
     keep: int = 3,
 ) -> Path:
-    """Write one checkpoint atomically and remove all but the newest `keep`.
+    """Write one checkpoint atomically and remove all but the newest `keep` up to it.
+
+    Later steps stay: where a run goes on from an older one, they are damaged, and must not count.
 
     Args:
       folder: where the steps lie; created if need be.
@@ -89,9 +86,11 @@ def save(
         arrays = {name: leaf for name, leaf in _raw_leaves(state).items() if leaf.size}
         if arrays:  # orbax writes neither an empty tree nor an array of size zero
             orbax.PyTreeCheckpointer().save(temporary / "arrays", arrays)
-        _write_manifest(temporary, update, state, config_hash, extra or {})
+        leaves = describe_leaves(state)
+        content = {"update": update, "config_hash": config_hash, "extra": extra or {}, "leaves": leaves}
+        seal(temporary, content)
         _move_into_place(temporary, final)
-        for old in list_steps(folder)[:-keep]:
+        for old in [step for step in list_steps(folder) if step <= update][:-keep]:
             shutil.rmtree(folder / f"{old:08d}")
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
         _remove_unfinished(folder)
@@ -123,8 +122,8 @@ def restore(folder: str | Path, template: PyTree, *, config_hash: str | None = N
     for update in reversed(list_steps(folder)):
         step = folder / f"{update:08d}"
         try:
-            manifest = _checked_manifest(step)
-        except (_Corrupt, OSError) as error:
+            manifest = read_seal(step)
+        except (Damaged, OSError) as error:
             damaged.append(f"{step.name}: {error}")
             continue
         _check_belongs(manifest, template, config_hash, step)
@@ -179,35 +178,6 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _write_manifest(step: Path, update: int, state: PyTree, config_hash: str, extra: dict[str, Any]) -> None:
-    body = {
-        "update": update,
-        "config_hash": config_hash,
-        "extra": extra,
-        "leaves": describe_leaves(state),
-        "files": _hashes(step),
-    }
-    sealed = {"sha256": _seal(body), "body": body}
-    with (step / "manifest.json").open("w", encoding="utf-8") as file:
-        json.dump(sealed, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _checked_manifest(step: Path) -> dict[str, Any]:
-    """The manifest's body, if it and every file of the step are as they were written."""
-    try:
-        sealed = json.loads((step / "manifest.json").read_bytes())
-        body, seal = sealed["body"], sealed["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _Corrupt(f"manifest.json cannot be read ({type(error).__name__})") from error
-    if seal != _seal(body):
-        raise _Corrupt("manifest.json was changed")
-    if _hashes(step) != body["files"]:
-        raise _Corrupt("a file was changed, cut or lost")
-    return body
-
-
 def _check_belongs(manifest: dict[str, Any], template: PyTree, config_hash: str | None, step: Path) -> None:
     if config_hash is not None and manifest["config_hash"] != config_hash:
         raise CheckpointError(
@@ -224,28 +194,13 @@ def _check_belongs(manifest: dict[str, Any], template: PyTree, config_hash: str 
         )
 
 
-def _hashes(step: Path) -> dict[str, str]:
-    files = sorted(path for path in step.rglob("*") if path.is_file() and path.name != "manifest.json")
-    return {
-        path.relative_to(step).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
-
-
-def _seal(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def _move_into_place(temporary: Path, final: Path) -> None:
     if final.exists():  # a folder cannot be renamed onto another one that is not empty
         aside = final.with_name(f"{_TEMPORARY}old-{final.name}")
         os.replace(final, aside)
     os.replace(temporary, final)
     _remove_unfinished(final.parent)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jtrunc.base import PyTree
 from jtrunc.probe import estimator_name
+from jtrunc.sealed import hash_json
 from jtrunc.training.chunk import Program
 from jtrunc.training.step import TrainState, train_step
 
@@ -75,7 +76,7 @@ def hash_tree(tree: PyTree) -> str:
 
 def hash_configuration(configuration: Mapping[str, Any]) -> str:
     """SHA-256 of a configuration."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+    return hash_json(configuration)
 
 
 def begin(folder: Path, configuration: Mapping[str, Any]) -> None:

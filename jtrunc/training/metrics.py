@@ -7,6 +7,7 @@ Every line is valid JSON, which has no word for what is not finite: infinities a
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,12 @@ class MetricsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all lines that were appended or kept: checkpoints hold it, so that none gets lost unnoticed."""
+        return self._hash.hexdigest()
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write lines behind those that are there.
@@ -49,6 +56,7 @@ class MetricsFile:
                 "intact: make room or restore access, then resume",
                 str(self.path),
             ) from error
+        self._hash.update(text.encode())
 
     def truncate_to(self, update: int) -> list[Line]:
         """Drop every line of a later update than `update`, and a torn last one; return those that stay.
@@ -64,6 +72,7 @@ class MetricsFile:
                 file.flush()
                 _sync(file.fileno())
             os.replace(temporary, self.path)
+        self._hash = hashlib.sha256(text.encode())
         return kept
 
 

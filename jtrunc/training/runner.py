@@ -132,7 +132,10 @@ class Runner:
             self.update,
             self.state,
             config_hash=self.output.config_hash,
-            extra={"timesteps": np.asarray(self.timesteps).tolist()},
+            extra={
+                "timesteps": np.asarray(self.timesteps).tolist(),
+                "metrics": self.output.metrics.sha256,
+            },
             keep=self.options.keep,
         )
         self.saved_at = self.update
@@ -146,15 +149,14 @@ class Runner:
                 f"{self.options.num_updates}; pass a larger number to go on"
             )
         lines = self.output.metrics.truncate_to(restored.update)
-        history = train_columns(lines)
-        if len(lines) == 0 or history["update"][-1] != restored.update:
+        if self.output.metrics.sha256 != restored.extra.get("metrics"):
             raise checkpoint.CheckpointError(
-                f"{self.output.metrics.path} lacks lines up to update {restored.update}, where the "
-                "checkpoint was written; put the file back, or begin a new run"
+                f"{self.output.metrics.path} lacks lines up to update {restored.update}, or they are not "
+                "those that were there when its checkpoint was written; put the file back, or begin a new run"
             )
         self.state, self.update, self.saved_at = restored.state, restored.update, restored.update
         self.timesteps = np.asarray(restored.extra["timesteps"], np.int64)
-        self.blocks = [history]
+        self.blocks = [train_columns(lines)]
         self.evaluation_lines = [line for line in lines if "split" in line]
 
     def result(self) -> TrainResult:
