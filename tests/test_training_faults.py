@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -295,45 +292,6 @@ def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "kept.jsonl").rename(metrics)
     assert metrics.read_text() == kept
     assert_same(run(tmp_path, resume=True).state, run(None).state)
-
-
-SCRIPT = """
-import sys, jax, optax
-from jtrunc.training import train
-from tests.training_cases import random_length, small
-jax.config.update("jax_enable_x64", True)
-case = small()
-train(
-    case.system, case.params, case.hidden, random_length(case.system), optax.adam(1e-2), case.inputs,
-    window=7, num_updates=200, checkpoint_every=5, out_dir=sys.argv[1], resume=sys.argv[2] == "resume",
-)
-"""
-
-
-@pytest.mark.slow
-def test_sigkill_and_resume_in_another_process(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-
-    def command(out_dir: str, how: str) -> list[str]:
-        return [sys.executable, "-c", SCRIPT, str(tmp_path / out_dir), how]
-
-    subprocess.run(command("whole", "begin"), env=environment, cwd=root, check=True, timeout=120)
-    killed = tmp_path / "killed" / "checkpoints"
-    for attempt, how in enumerate(["begin", "resume"]):
-        process = subprocess.Popen(command("killed", how), env=environment, cwd=root)
-        deadline = time.monotonic() + 60
-        while not (killed.exists() and max(checkpoint.list_steps(killed), default=0) >= 50 * (attempt + 1)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-    assert max(checkpoint.list_steps(killed)) < 200
-    subprocess.run(command("killed", "resume"), env=environment, cwd=root, check=True, timeout=120)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 200
-    arrays = [read_seal(tmp_path / name / "checkpoints" / "00000200") for name in ("whole", "killed")]
-    assert arrays[0]["leaves"] == arrays[1]["leaves"] and arrays[0]["extra"] == arrays[1]["extra"]
 
 
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: Any) -> None:

@@ -10,9 +10,13 @@ Orbax by itself restores some single bit flips without a word: the manifest is c
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +89,8 @@ def save(
         temporary.mkdir()
         arrays = {name: leaf for name, leaf in _raw_leaves(state).items() if leaf.size}
         if arrays:  # orbax writes neither an empty tree nor an array of size zero
-            orbax.PyTreeCheckpointer().save(temporary / "arrays", arrays)
+            with _without_log():
+                orbax.PyTreeCheckpointer().save(temporary / "arrays", arrays)
         leaves = describe_leaves(state)
         content = {"update": update, "config_hash": config_hash, "extra": extra or {}, "leaves": leaves}
         seal(temporary, content)
@@ -95,8 +100,8 @@ def save(
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
         _remove_unfinished(folder)
         raise CheckpointError(
-            f"could not write the checkpoint of update {update} to {final} ({error}); the older checkpoints "
-            f"{list_steps(folder)} are intact: make room or restore access, then resume"
+            f"could not write the checkpoint of update {update} to {final} ({_reason(error)}); the older "
+            f"checkpoints {list_steps(folder)} are intact: make room or restore access, then resume"
         ) from error
     return final
 
@@ -192,6 +197,23 @@ def _check_belongs(manifest: dict[str, Any], template: PyTree, config_hash: str 
             f"the checkpoint {step} does not fit this run: {wrong} is {found.get(wrong, 'absent')} there and "
             f"{expected.get(wrong, 'absent')} here; use the same system, optimiser, estimator and precision"
         )
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Orbax logs the traceback of every error that it raises, one for each of its threads."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; orbax says that a disk is full at the end of a long story."""
+    full = os.strerror(errno.ENOSPC)
+    return full if full in str(error) else str(error)
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
