@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jtrunc import tasks
-from jtrunc.tasks import copying, corpora, counting, synthetic_language, text
+from jtrunc.tasks import copying, corpora, counting, downloads, synthetic_language, text
+from jtrunc.tasks.memory_map import memory_mapped
 
 
 class Tokens(NamedTuple):
@@ -64,11 +65,14 @@ def characters(data: Path | None, *, max_characters: int = 0, pattern: str = "*"
     return _of_corpus(corpora.characters(data, pattern=pattern, max_characters=limit))
 
 
-def penn_treebank(data: Path | None, *, verify: bool = True) -> Tokens:
-    """Penn Treebank characters, from ptb.train.txt, ptb.valid.txt and ptb.test.txt in the folder --data."""
-    if data is None:
-        raise ValueError("task 'penn-treebank' needs --data: the folder of ptb.train.txt and its two sisters")
-    return _of_corpus(corpora.penn_treebank(data, verify=verify))
+def penn_treebank(data: Path | None, *, verify: bool = True, download: bool = False) -> Tokens:
+    """Penn Treebank characters, from ptb.train.txt, ptb.valid.txt and ptb.test.txt in the folder --data.
+
+    With download=true, as for all corpora that have it, --data is where the corpus is kept once it was
+    fetched and encoded (by default the user's cache folder).
+    """
+    needs = "penn-treebank", "the folder of ptb.train.txt and its two sisters"
+    return _of_file(corpora.penn_treebank, data, download, *needs, verify=verify)
 
 
 def words(
@@ -80,57 +84,65 @@ def words(
     return _of_corpus(corpus)
 
 
-def penn_treebank_words(data: Path | None, *, max_vocabulary: int = 10_000, verify: bool = True) -> Tokens:
+def penn_treebank_words(
+    data: Path | None, *, max_vocabulary: int = 10_000, verify: bool = True, download: bool = False
+) -> Tokens:
     """Penn Treebank by words (10,000), from ptb.train.txt and its two sisters in the folder --data."""
-    if data is None:
-        raise ValueError(
-            "task 'penn-treebank-words' needs --data: the folder of ptb.train.txt and its two sisters"
-        )
-    return _of_corpus(tasks.words.penn_treebank_words(data, max_vocabulary=max_vocabulary, verify=verify))
+    needs = "penn-treebank-words", "the folder of ptb.train.txt and its two sisters"
+    options: dict[str, Any] = {"max_vocabulary": max_vocabulary, "verify": verify}
+    return _of_file(tasks.words.penn_treebank_words, data, download, *needs, **options)
 
 
-def wikitext_2(data: Path | None, *, verify: bool = True) -> Tokens:
+def wikitext_2(data: Path | None, *, verify: bool = True, download: bool = False) -> Tokens:
     """WikiText-2 by words (33,278), from wiki.train.tokens and its two sisters in the folder --data."""
-    if data is None:
-        raise ValueError(
-            "task 'wikitext-2' needs --data: the folder of wiki.train.tokens and its two sisters"
-        )
-    return _of_corpus(tasks.words.wikitext2(data, verify=verify))
+    needs = "wikitext-2", "the folder of wiki.train.tokens and its two sisters"
+    return _of_file(tasks.words.wikitext2, data, download, *needs, verify=verify)
 
 
 def shakespeare(
-    data: Path | None, *, max_characters: int = 0, pattern: str = "*.txt", verify: bool = True
+    data: Path | None,
+    *,
+    max_characters: int = 0,
+    pattern: str = "*.txt",
+    verify: bool = True,
+    download: bool = False,
 ) -> Tokens:
     """Characters of Shakespeare, from the text file or the folder --data."""
-    if data is None:
-        raise ValueError("task 'shakespeare' needs --data: a text file or a folder of them")
-    limit = max_characters or None
-    return _of_corpus(corpora.shakespeare(data, pattern=pattern, max_characters=limit, verify=verify))
+    options = {"max_characters": max_characters or None, "pattern": pattern, "verify": verify}
+    needs = "shakespeare", "a text file or a folder of them"
+    return _of_file(corpora.shakespeare, data, download, *needs, **options)
 
 
-def text8(data: Path | None, *, verify: bool = True) -> Tokens:
+def text8(data: Path | None, *, verify: bool = True, download: bool = False) -> Tokens:
     """Characters of text8 (a to z and the blank), from the file text8, or its folder, in --data."""
-    return _of_corpus(corpora.text8(_required(data, "text8"), verify=verify))
+    needs = "text8", "the file text8, or the folder that holds it"
+    return _of_file(corpora.text8, data, download, *needs, verify=verify)
 
 
 def text8_words(
-    data: Path | None, *, min_count: int = 10, max_vocabulary: int = 0, verify: bool = True
+    data: Path | None,
+    *,
+    min_count: int = 10,
+    max_vocabulary: int = 0,
+    verify: bool = True,
+    download: bool = False,
 ) -> Tokens:
     """Words of text8 that occur at least `min_count` times, from the file text8, or its folder, in --data."""
-    return _of_corpus(
-        tasks.words.text8_words(
-            _required(data, "text8-words"),
-            min_count=min_count,
-            max_vocabulary=max_vocabulary or None,
-            verify=verify,
-        )
-    )
+    options = {"min_count": min_count, "max_vocabulary": max_vocabulary or None, "verify": verify}
+    needs = "text8-words", "the file text8, or the folder that holds it"
+    return _of_file(tasks.words.text8_words, data, download, *needs, **options)
 
 
-def _required(data: Path | None, name: str) -> Path:
+def _of_file(
+    load: Callable[..., Any], data: Path | None, download: bool, task: str, needs: str, **options: Any
+) -> Tokens:
+    """A corpus by path, or fetched and mapped from the disk."""
+    if download:
+        folder = downloads.fetch(task.removesuffix("-words"), data)
+        return _of_corpus(memory_mapped(load, folder, folder.parent / "tokens", **options))
     if data is None:
-        raise ValueError(f"task {name!r} needs --data: the file text8, or the folder that holds it")
-    return data
+        raise ValueError(f"task {task!r} needs --data: {needs}; or {task}:download=true")
+    return _of_corpus(load(data, **options))
 
 
 def copy(

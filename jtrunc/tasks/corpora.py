@@ -27,7 +27,7 @@ from jtrunc.tasks.text import (
 FRACTIONS = (0.9, 0.05, 0.05)
 """Training, validation and test part of a text that has no split of its own."""
 
-_PENN_TREEBANK_SHA256 = {
+PENN_TREEBANK_SHA256 = {
     "train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
     "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
     "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
@@ -37,7 +37,7 @@ TEXT8_NUM_CHARACTERS = 100_000_000
 TEXT8_MD5 = "3bea1919949baf155f99411df5fada7e"
 
 _TINY_SHAKESPEARE = "tinyshakespeare"
-_TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class Source(NamedTuple):
@@ -191,7 +191,7 @@ def shakespeare(
         raise ValueError(
             f"{path} does not exist; give a text file or folder: the complete works are"
             " https://www.gutenberg.org/ebooks/100 (plain text), and tinyshakespeare is data/tinyshakespeare/"
-            "input.txt of https://github.com/karpathy/char-rnn"
+            "input.txt of https://github.com/karpathy/char-rnn: tasks.downloads.fetch('shakespeare') gets it"
         )
     for file in text_files(path, pattern) if verify else ():
         _require_tiny_shakespeare(file)
@@ -222,7 +222,7 @@ def read_text8(path: str | Path, verify: bool = True) -> str:
     if not file.is_file():
         raise ValueError(
             f"{file} does not exist; give the file text8, or its folder: it is the only file in"
-            " http://mattmahoney.net/dc/text8.zip"
+            " http://mattmahoney.net/dc/text8.zip: tasks.downloads.fetch('text8') gets it"
         )
     text = read_file(file)
     found = hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
@@ -238,10 +238,10 @@ def _require_tiny_shakespeare(file: Path) -> None:
     """Raises a ValueError for a file that is called tinyshakespeare and is not."""
     if _TINY_SHAKESPEARE not in (file.stem, file.parent.name):
         return
-    if (found := sha256(read_file(file))) != _TINY_SHAKESPEARE_SHA256:
+    if (found := sha256(read_file(file))) != TINY_SHAKESPEARE_SHA256:
         raise ValueError(
             f"{file} is not tinyshakespeare: its SHA-256 starts with {found[:8]} and not with"
-            f" {_TINY_SHAKESPEARE_SHA256[:8]}; fetch it again, or pass verify=False to use it all the same"
+            f" {TINY_SHAKESPEARE_SHA256[:8]}; fetch it again, or pass verify=False to use it all the same"
         )
 
 
@@ -250,13 +250,14 @@ def _read_part(path: Path, part: str, verify: bool) -> str:
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; give the folder of ptb.train.txt, ptb.valid.txt and ptb.test.txt, which"
-            " come in data/ of simple-examples.tgz from Mikolov's page of the RNNLM toolkit"
+            " come in data/ of simple-examples.tgz from Mikolov's page of the RNNLM toolkit:"
+            " tasks.downloads.fetch('penn-treebank') gets them"
         )
     words = read_file(path)
-    if verify and sha256(words) != _PENN_TREEBANK_SHA256[part]:
+    if verify and sha256(words) != PENN_TREEBANK_SHA256[part]:
         raise ValueError(
             f"{path} is not the published file: its SHA-256 starts with {sha256(words)[:8]} and not with"
-            f" {_PENN_TREEBANK_SHA256[part][:8]}; fetch it again, or pass verify=False to use it all the same"
+            f" {PENN_TREEBANK_SHA256[part][:8]}; fetch it again, or pass verify=False to use it all the same"
         )
     return words
 

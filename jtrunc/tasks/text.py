@@ -212,7 +212,8 @@ def lanes(tokens: np.ndarray, num_streams: int) -> Lanes:
       num_streams: B ≥ 1.
 
     Returns:
-      `Lanes`, a pair (inputs, targets).
+      `Lanes`, a pair (inputs, targets): read-only views of the tokens where these are int32, also of tokens
+      that are mapped from a file (`jtrunc.tasks.memory_map`), else of a copy.
 
     Raises:
       TypeError: if the tokens are not integers.
@@ -238,9 +239,10 @@ def lanes(tokens: np.ndarray, num_streams: int) -> Lanes:
             " use fewer streams or more text"
         )
     used = num_steps * num_streams
-    inputs = tokens[:used].reshape(num_streams, num_steps).T
-    targets = tokens[1 : used + 1].reshape(num_streams, num_steps).T
-    return Lanes(np.ascontiguousarray(inputs, np.int32), np.ascontiguousarray(targets, np.int32))
+    view = np.asarray(tokens[: used + 1], np.int32).view()
+    view.flags.writeable = False
+    inputs, targets = (part.reshape(num_streams, num_steps).T for part in (view[:-1], view[1:]))
+    return Lanes(inputs, targets)
 
 
 def num_left_over(num_tokens: int, num_streams: int) -> int:

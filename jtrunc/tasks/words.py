@@ -206,7 +206,7 @@ def wikitext2(folder: str | Path, *, verify: bool = True) -> Corpus:
             raise ValueError(
                 f"{path} does not exist; give the folder of wiki.train.tokens, wiki.valid.tokens and"
                 " wiki.test.tokens, which come in https://wikitext.smerity.com/wikitext-2-v1.zip (MD5"
-                " 542ccefacc6c27f945fb54453812b3cd)"
+                " 542ccefacc6c27f945fb54453812b3cd): tasks.downloads.fetch('wikitext-2') gets them"
             )
     corpus = _corpus("WikiText-2 words", len(paths), Split(*(read_file(path) for path in paths)))
     found = {part: len(getattr(corpus, part)) for part in Split._fields} | {"words": corpus.vocabulary.size}
