@@ -1,4 +1,4 @@
-"""Ctrl-C leaves a run that goes on exactly where it stopped."""
+"""Ctrl-C and SIGTERM leave a run that goes on exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], size: int = 0) -> None:
+    """Until the file is longer."""
     deadline = time.monotonic() + 120
-    while not (path.exists() and path.stat().st_size):
+    while not (path.exists() and path.stat().st_size > size):
         assert process.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
@@ -38,17 +39,20 @@ def test_an_interrupted_run_resumes_to_the_same_metrics(tmp_path):
     straight = start([*TRAIN, "--output", str(whole)])
     _, errors = straight.communicate(timeout=240)
     assert straight.returncode == 0, errors
-    process = start([*TRAIN, "--output", str(broken)])
-    wait_for(broken / "metrics.jsonl", process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    partial = (broken / "metrics.jsonl").read_bytes()
     complete = (whole / "metrics.jsonl").read_bytes()
-    assert 0 < len(partial) < len(complete)
-    remedy = shlex.split(errors.strip().splitlines()[-1])
-    assert remedy == ["jtrunc", *TRAIN, "--output", str(broken), "--resume"]
-    again = start(remedy[1:])
+    command, size = [*TRAIN, "--output", str(broken)], 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(command)
+        wait_for(broken / "metrics.jsonl", process, size)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        before, size = size, (broken / "metrics.jsonl").stat().st_size
+        assert before < size < len(complete)
+        remedy = shlex.split(errors.strip().splitlines()[-1])
+        assert remedy == ["jtrunc", *TRAIN, "--output", str(broken), "--resume"]
+        command = remedy[1:]
+    again = start(command)
     _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
     assert (broken / "metrics.jsonl").read_bytes() == complete

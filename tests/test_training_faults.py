@@ -13,7 +13,10 @@ import numpy as np
 import optax
 import pytest
 
+from jtrunc import cells
 from jtrunc.sealed import read_seal, seal
+from jtrunc.tasks import corpora, text
+from jtrunc.tasks.memory_map import memory_mapped
 from jtrunc.training import (
     CheckpointError,
     ConfigurationError,
@@ -92,6 +95,28 @@ def test_lead_in_survives_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
         with pytest.raises(Killed):
             run(tmp_path / "killed", **options)
     assert_same(run(tmp_path / "killed", resume=True, **options).state, whole.state)
+
+
+def test_the_place_in_a_text_that_is_mapped_from_the_disk_is_restored(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("to be or not to be, that is the question.\n" * 30)
+    model = cells.model(cells.tanh(20, 4), 20, cells.softmax_cross_entropy)
+    estimator = plain(model.system)
+
+    def learn(out_dir: Path, num_updates: int, **options: Any) -> Any:
+        tokens = memory_mapped(corpora.characters, book, tmp_path / "tokens").train
+        hidden = model.initial_hidden((3,))
+        arguments: dict[str, Any] = {"window": 7, "num_updates": num_updates, "out_dir": out_dir} | options
+        return train(
+            model.system, model.init, hidden, estimator, ADAM, tuple(text.lanes(tokens, 3)), **arguments
+        )
+
+    whole = learn(tmp_path / "whole", 80)
+    assert int(learn(tmp_path / "halves", 30).state.cursor) == 210
+    second = learn(tmp_path / "halves", 80, resume=True)
+    assert_same(second.state, whole.state)
+    assert_same(second.history, whole.history)
+    assert int(second.state.cursor) == 560 % ((1134 - 1) // 3)
 
 
 def test_a_run_can_be_prolonged(tmp_path: Path) -> None:
