@@ -291,7 +291,7 @@ def test_damaged_tokens_are_noticed_and_made_anew(book: Path, tmp_path: Path, na
     else:
         content[-9] ^= 1
         file.write_bytes(content if damage == "flip" else content[:-9])
-    with pytest.warns(UserWarning, match=r"tokens in .* are damaged .*made anew"):
+    with pytest.warns(RuntimeWarning, match=r"tokens in .* are damaged .*made anew"):
         np.testing.assert_array_equal(memory_mapped(load, book, tmp_path / "tokens").test, expected)
     assert len(calls) == 2
     memory_mapped(load, book, tmp_path / "tokens")

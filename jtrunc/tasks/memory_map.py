@@ -64,7 +64,8 @@ def memory_mapped(
     except FileNotFoundError:
         pass
     except (Damaged, OSError) as error:
-        warnings.warn(f"the tokens in {place} are damaged ({error}); they are made anew", stacklevel=2)
+        message = f"the tokens in {place} are damaged ({error}); they are made anew"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
         shutil.rmtree(place)
     _write(place, load(path, **options))
     return _open(place)
