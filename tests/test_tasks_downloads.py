@@ -205,6 +205,8 @@ def test_an_archive_is_unpacked_and_its_members_are_checked(
 def test_unknown_corpora_and_a_missing_pooch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown corpus 'text9'; known: penn-treebank, "):
         fetch("text9")
+    with pytest.raises(ValueError, match="attempts must be at least 1, got 0"):
+        fetch("text8", tmp_path, attempts=0)
     monkeypatch.setitem(__import__("sys").modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'jtrunc\[experiments\]'"):
         fetch("text8", tmp_path)

@@ -16,6 +16,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from jtrunc.tasks.arguments import require_count
 from jtrunc.tasks.corpora import PENN_TREEBANK_SHA256, TINY_SHAKESPEARE_SHA256
 from jtrunc.training.extras import require
 
@@ -101,7 +102,7 @@ def fetch(corpus: str, folder: str | Path | None = None, *, attempts: int = 4, w
       wait: seconds before the second attempt; twice as long before each further one.
 
     Raises:
-      ValueError: if the corpus is unknown.
+      ValueError: if the corpus is unknown, or there is no attempt.
       DownloadError: naming URL, target and hash, if the network fails or the file is another one.
       ImportError: if pooch is not installed.
 
@@ -112,6 +113,7 @@ def fetch(corpus: str, folder: str | Path | None = None, *, attempts: int = 4, w
     """
     if corpus not in CORPORA:
         raise ValueError(f"unknown corpus {corpus!r}; known: {', '.join(CORPORA)}")
+    require_count("attempts", attempts)
     pooch = require("pooch", "downloading a corpus")
     place = Path(folder or pooch.os_cache("jtrunc")) / corpus
     for file in CORPORA[corpus]:
