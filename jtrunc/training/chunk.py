@@ -65,17 +65,17 @@ def init_chunk(
 ) -> TrainState:
     """The state before the first update; with seeds, `key` has a leading axis and so has the state."""
 
-    def init(key: jax.Array, hyperparameters: Hyperparameters) -> TrainState:
-        chosen: Any = init_params or params
-        return init_state(*program.parts(hyperparameters), chosen, hidden, key)
+    def init(key: jax.Array, hyperparameters: Hyperparameters, params: Any, hidden: PyTree) -> TrainState:
+        return init_state(*program.parts(hyperparameters), init_params or params, hidden, key)
 
     if program.seed_axis is SeedAxis.NONE:
-        return init(key, hyperparameters)
+        return init(key, hyperparameters, params, hidden)
 
-    def every(key: jax.Array, hyperparameters: Hyperparameters) -> TrainState:
-        return jax.lax.map(lambda one: init(*one), (key, hyperparameters))
+    def every(key: jax.Array, hyperparameters: Hyperparameters, *shared: Any) -> TrainState:
+        return jax.lax.map(lambda one: init(*one, *shared), (key, hyperparameters))
 
-    state = split_by_seed(every, program.mesh, P(SEEDS), P(SEEDS))(key, hyperparameters)
+    by_seed = split_by_seed(every, program.mesh, (P(SEEDS), P(SEEDS)), P(SEEDS))
+    state = by_seed(key, hyperparameters, params, hidden)
     if program.seed_axis is SeedAxis.VMAP:
         return state._replace(cursor=state.cursor[0], update=state.update[0], timestep=state.timestep[0])
     return state
@@ -101,7 +101,9 @@ def run_chunk(
       as many hold as there are lines.
     """
 
-    def run(state: TrainState, hyperparameters: Hyperparameters) -> tuple[TrainState, MetricSums]:
+    def run(
+        state: TrainState, hyperparameters: Hyperparameters, stream: Stream, num_updates: jax.Array
+    ) -> tuple[TrainState, MetricSums]:
         end = state.update + num_updates
 
         def update(state: TrainState) -> tuple[TrainState, StepMetrics]:
@@ -129,7 +131,8 @@ def run_chunk(
         state, rows, _ = jax.lax.while_loop(lambda carry: carry[0].update < end, body, first)
         return state, rows if program.log_every > 1 else jax.vmap(partial(add_update, empty))(rows)
 
-    return over_seeds(run, program.seed_axis, program.mesh)(state, hyperparameters)
+    every = over_seeds(run, program.seed_axis, program.mesh)
+    return every(state, hyperparameters, stream, num_updates)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -142,11 +145,13 @@ def lead_in_update(
 ) -> tuple[TrainState, MetricSums]:
     """One update from a shorter window; the hidden state and the cursor stay where the stream begins."""
 
-    def run(state: TrainState, hyperparameters: Hyperparameters) -> tuple[TrainState, MetricSums]:
+    def run(
+        state: TrainState, hyperparameters: Hyperparameters, stream: Stream
+    ) -> tuple[TrainState, MetricSums]:
         inputs = window_at(stream.rows, state.cursor, size)
         new, metrics = program.step(state, inputs, hyperparameters)
         held = new.estimator_state._replace(hidden=state.estimator_state.hidden)
         row = jax.tree.map(lambda leaf: leaf[None], add_update(no_sums(metrics), metrics))
         return new._replace(estimator_state=held, cursor=state.cursor), row
 
-    return over_seeds(run, program.seed_axis, program.mesh)(state, hyperparameters)
+    return over_seeds(run, program.seed_axis, program.mesh)(state, hyperparameters, stream)

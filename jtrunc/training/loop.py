@@ -18,7 +18,7 @@ from jtrunc.training import checkpoint, configuration
 from jtrunc.training.chunk import Program, init_chunk
 from jtrunc.training.metrics import MetricsFile
 from jtrunc.training.placement import Placement, place
-from jtrunc.training.processes import from_first, is_first, largest
+from jtrunc.training.processes import from_first, is_first, largest, put
 from jtrunc.training.progress import Progress
 from jtrunc.training.runner import Options, Output, Runner, TrainingInterrupted, TrainResult
 from jtrunc.training.seeds import (
@@ -205,7 +205,7 @@ def _first_state(
     init_params, given = (params, None) if callable(params) else (None, placement.params(params))
     state = init_chunk(program, init_params, given, hidden, run_key, placement.by_seed(hyperparameters))
     shardings = placement.shardings(state, given, program.seed_axis)
-    return state if shardings is None else jax.device_put(state, shardings), shardings
+    return state if shardings is None else put(state, shardings), shardings
 
 
 def _drive(runner: Runner, stop: StopRequest, show: bool | None) -> TrainResult:

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jtrunc.base import PyTree
+from jtrunc.training.processes import put
 from jtrunc.training.seeds import SEEDS, SeedAxis, state_spec
 from jtrunc.training.step import TrainState
 
@@ -57,7 +58,7 @@ class Placement:
     def fill_state(self, state: TrainState, axis: SeedAxis, shardings: TrainState | None) -> TrainState:
         """A trimmed state, whole in every process, filled up and onto the devices."""
         filled = _where_seeds(self._fill, state, axis)
-        return filled if shardings is None else jax.device_put(filled, shardings)
+        return filled if shardings is None else put(filled, shardings)
 
     def data(self, data: PyTree) -> PyTree:
         """Leaves (T, B, ...) of this process's streams onto the devices of the streams; others onto all."""
@@ -113,7 +114,7 @@ class Placement:
         return name if self.mesh is not None and name in self.mesh.axis_names else None
 
     def _put(self, tree: PyTree, spec: P) -> PyTree:
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, spec))
+        return tree if self.mesh is None else put(tree, NamedSharding(self.mesh, spec))
 
     def _put_streams(self, leaf: Any, position: int) -> Any:
         if self.own_streams is None or leaf.shape[position : position + 1] != (self.own_streams,):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -103,6 +104,29 @@ def gather(tree: PyTree) -> PyTree:
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays that every process has whole, or that are spread already, where they belong.
+
+    Args:
+      tree: arrays.
+      shardings: one for each leaf, or for a part of the tree.
+    """
+
+    def leaf_to(sharding: Any, leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        if is_key(leaf):
+            data = leaf_to(sharding, jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.device_put(np.asarray(leaf), sharding)
+
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(partial(leaf_to, sharding), part), shardings, tree
+    )
 
 
 def _broadcast(message: bytes) -> bytes:

@@ -18,7 +18,7 @@ from jtrunc.training.configuration import estimator_name
 from jtrunc.training.evaluate import evaluate
 from jtrunc.training.metrics import Line, MetricsFile, split_columns, train_columns
 from jtrunc.training.placement import Placement
-from jtrunc.training.processes import from_first, gather, largest
+from jtrunc.training.processes import from_first, gather, largest, put
 from jtrunc.training.seeds import Hyperparameters, SeedAxis
 from jtrunc.training.step import TrainState, describe_non_finite
 from jtrunc.training.stream import Stream
@@ -219,7 +219,7 @@ class Runner:
             num_lines = (self.update + size - 1) // every - (self.update + done) // every + 1
             parts.append(self._time_major(rows, num_lines))
         if self.shardings is not None:  # the compiler may have moved something
-            state = jax.device_put(state, self.shardings)
+            state = put(state, self.shardings)
         return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def _time_major(self, rows: MetricSums, size: int) -> MetricSums:

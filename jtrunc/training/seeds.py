@@ -22,7 +22,8 @@ SEEDS = "seeds"
 Hyperparameters = dict[str, jax.Array] | None
 """Numbers by name: of one run scalars, of many with a leading axis of seeds; None where there are none."""
 
-Run = Callable[[TrainState, Hyperparameters], tuple[TrainState, MetricSums]]
+Run = Callable[..., tuple[TrainState, MetricSums]]
+"""``(state, hyperparameters, *shared)``: one run."""
 
 
 class SeedAxis(enum.Enum):
@@ -45,15 +46,19 @@ _SHARED = TrainState(*_AXES)
 def over_seeds(run: Run, axis: SeedAxis, mesh: Mesh | None = None) -> Run:
     """`run` for states and hyperparameters with a leading axis of seeds; the metrics get that axis too.
 
-    A mesh axis `SEEDS` splits them: each device runs its own seeds, and nothing travels.
+    What seeds share comes behind. A mesh axis `SEEDS` splits the seeds: each device runs its own, and
+    nothing travels.
     """
     if axis is SeedAxis.NONE:
         return run
 
-    def one_by_one(state: TrainState, hyperparameters: Hyperparameters) -> Any:
-        return jax.lax.map(lambda one: run(*one), (state, hyperparameters))
+    def one_by_one(state: TrainState, hyperparameters: Hyperparameters, *shared: Any) -> Any:
+        return jax.lax.map(lambda one: run(*one, *shared), (state, hyperparameters))
 
-    side_by_side = jax.vmap(run, in_axes=(_SHARED, 0), out_axes=(_SHARED, 0))
+    def side_by_side(state: TrainState, hyperparameters: Hyperparameters, *shared: Any) -> Any:
+        alone = jax.vmap(lambda *one: run(*one, *shared), in_axes=(_SHARED, 0), out_axes=(_SHARED, 0))
+        return alone(state, hyperparameters)
+
     specs = state_spec(axis), P(SEEDS)
     return split_by_seed(side_by_side if axis is SeedAxis.VMAP else one_by_one, mesh, specs, specs)
 
@@ -61,13 +66,19 @@ def over_seeds(run: Run, axis: SeedAxis, mesh: Mesh | None = None) -> Run:
 def split_by_seed(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Any:
     """`function` on every device of the mesh axis `SEEDS` with its share; as it is without such an axis.
 
-    Seeds never meet, so that there is nothing for shard_map's checks of replication to find.
+    Arguments behind those of `in_specs` are whole on each. Seeds never meet, so that there is nothing for
+    shard_map's checks of replication to find.
     """
     if mesh is None or SEEDS not in mesh.axis_names:
         return function
-    return jax.shard_map(
-        function, mesh=mesh, axis_names={SEEDS}, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+
+    def spread(*arguments: Any) -> Any:
+        specs = (*in_specs, *[P()] * (len(arguments) - len(in_specs)))
+        return jax.shard_map(
+            function, mesh=mesh, axis_names={SEEDS}, in_specs=specs, out_specs=out_specs, check_vma=False
+        )(*arguments)
+
+    return spread
 
 
 def state_spec(axis: SeedAxis) -> Any:
