@@ -12,7 +12,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jtrunc.base import Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_same_state, check_system
-from jtrunc.devices import anchor, vary
 from jtrunc.structure import Stack, Structure, Wrapper, transition_of, wrap_structure, wrap_transition
 from jtrunc.trees import is_concrete, partition_inexact, strongly_typed
 
@@ -217,13 +216,14 @@ def _on_devices(streams: Callable[..., Any], mesh: Mesh, axis_name: str) -> Call
     """`streams` on every device with its share; what it returns first is averaged."""
 
     def on_device(params: Params, state: Any, inputs: PyTree) -> tuple[Any, Any]:
-        # Replicated parameters would have a gradient that is summed over devices already.
-        mean, own = streams(vary(params, anchor(inputs)), state, inputs)
+        mean, own = streams(params, state, inputs)
         return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), mean), own
 
+    # With shard_map's checks, gradients of replicated parameters would be sums over devices already, and the
+    # system's own loops would have to know about devices.
     whole, by_stream = PartitionSpec(), PartitionSpec(axis_name)
     specs = (whole, by_stream, PartitionSpec(None, axis_name))
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(whole, by_stream))
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(whole, by_stream), check_vma=False)
 
 
 def _mean_over_streams(leaf: jax.Array) -> jax.Array:
