@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jtrunc.cli import main
 from jtrunc.training import checkpoint, read_metrics
 from jtrunc.training.metrics import split_columns, train_columns
 from jtrunc.training.processes import each, from_first, gather, largest, start_processes
@@ -24,21 +25,24 @@ from tests import process_run
 ROOT = Path(__file__).parents[1]
 
 
-def start(out_dir: Path, how: str) -> list[subprocess.Popen[str]]:
-    """Two processes on loopback, of one device each."""
+def start(command: list[str], *arguments: str) -> list[subprocess.Popen[str]]:
+    """Two processes on loopback, of one device each; where they meet comes behind the command."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
-    command = [sys.executable, "-W", "error", "-m", "tests.process_run"]
     return [
         subprocess.Popen(
-            [*command, f"localhost:{port},2,{index}", str(out_dir), how],
+            [sys.executable, *command, f"localhost:{port},2,{index}", *arguments],
             env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for index in range(2)
     ]  # fmt: skip
+
+
+def start_runs(out_dir: Path, how: str) -> list[subprocess.Popen[str]]:
+    return start(["-W", "error", "-m", "tests.process_run"], str(out_dir), how)
 
 
 def kill(processes: list[subprocess.Popen[str]]) -> str:
@@ -49,7 +53,7 @@ def kill(processes: list[subprocess.Popen[str]]) -> str:
 
 
 def wait_for(update: int, out_dir: Path, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while max(checkpoint.list_steps(out_dir / "checkpoints"), default=0) < update:
         if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
             pytest.fail(kill(processes))
@@ -57,19 +61,19 @@ def wait_for(update: int, out_dir: Path, processes: list[subprocess.Popen[str]])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_processes_killed_and_resumed_equal_one(tmp_path: Path) -> None:
-    processes = start(tmp_path, "begin")
+    processes = start_runs(tmp_path, "begin")
     wait_for(40, tmp_path, processes)
     kill(processes)
-    processes = start(tmp_path, "resume")
+    processes = start_runs(tmp_path, "resume")
     wait_for(120, tmp_path, processes)
     processes[1].send_signal(signal.SIGTERM)  # to the one that does not write
     for process in processes:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode and "resume=True to go on" in output, output
     assert 120 <= max(checkpoint.list_steps(tmp_path / "checkpoints")) < process_run.NUM_UPDATES
-    for process in (processes := start(tmp_path, "resume")):
+    for process in (processes := start_runs(tmp_path, "resume")):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
 
@@ -86,6 +90,24 @@ def test_two_processes_killed_and_resumed_equal_one(tmp_path: Path) -> None:
         with np.load(tmp_path / f"seeds-{index}.npz") as arrays:
             assert_close_leaves(list(arrays.values()), expected)
     assert np.ptp(seeds.history["loss"][-1]) > 1e-3  # and the seeds differ
+
+
+@pytest.mark.slow
+def test_the_command_line_with_two_processes(tmp_path: Path) -> None:
+    """`--distributed`: each reads its two of the four streams; one writes and reports."""
+    options = ["--task", "brackets:steps=2000", "--cell", "tanh:width=6", "--streams", "4", "--steps", "200"]
+    train = ["train", *options, "--estimator", "truncated-bptt:length=10", "--output"]
+    command = ["-m", "jtrunc.cli", *train, str(tmp_path / "two"), "--distributed"]
+    processes = start(command)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "Bits per token" in outputs[0] and "Bits per token" not in outputs[1]
+    with jax.enable_x64(False):
+        assert main([*train, str(tmp_path / "one")]) == 0
+    files = [tmp_path / name / "metrics.jsonl" for name in ("two", "one")]
+    two, one = (train_columns(read_metrics(path)) for path in files)
+    assert (two["update"] == one["update"]).all()
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
 
 
 def assert_equal_rows(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
