@@ -258,7 +258,11 @@ def picture(runs: list[Run], path: Path) -> Path:
         history, valid = run.result.history, run.result.evaluations["valid"]
         curves[f"{run.label}, training"] = Curve(history["timestep"], history["loss"] / np.log(2))
         curves[f"{run.label}, validation"] = Curve(run.timesteps, valid["bits"])
-    return learning_curves(curves, path, x_label="time steps of each stream", y_label="bits per token")
+    seeds = len(runs[0].result.seeds or ())
+    title = f"median and 10 to 90 % of {seeds} seeds" if seeds > 1 else ""
+    return learning_curves(
+        curves, path, x_label="time steps of each stream", y_label="bits per token", title=title
+    )
 
 
 def samples(runs: list[Run], given: Problem, folder: Path, num_tokens: int = 300) -> list[Path]:
