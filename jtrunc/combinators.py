@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jtrunc.base import Estimate, GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_key, check_positive, check_same_state, check_system
@@ -129,7 +130,11 @@ def _advancing(structure: Structure, advance: Callable[[PyTree, PyTree], PyTree]
 
 
 def per_stream(
-    estimator: GradientEstimator, *, noise: Literal["independent", "shared"] = "independent"
+    estimator: GradientEstimator,
+    *,
+    noise: Literal["independent", "shared"] = "independent",
+    mesh: Mesh | None = None,
+    axis_name: str = "data",
 ) -> GradientEstimator:
     """B streams, `estimator` for each; loss and gradient averaged.
 
@@ -143,6 +148,9 @@ def per_stream(
       noise: "independent" splits the key, one for each stream. "shared" gives all streams the same, so that
         they draw the same noise, or are cut at the same steps: as unbiased, but the errors no longer average
         out, and the variance is up to B times as large.
+      mesh: split the streams over its axis `axis_name` by `jax.shard_map`: each device runs its own, and
+        only loss and gradient travel. None: the compiler follows the layout of state and inputs.
+      axis_name: of the mesh axis; its size must divide B.
 
     Returns:
       A `GradientEstimator`: `init` takes `hidden` with leading axis B and one key; `update` takes `inputs`
@@ -150,9 +158,11 @@ def per_stream(
       consumes the same, else (B,); `aux` has axis B in front.
 
     Raises:
-      ValueError: another `noise`, leaves of `hidden` without a common leading axis, or inputs without a
-        second one.
+      ValueError: another `noise`, an axis that `mesh` lacks, leaves of `hidden` without a common leading
+        axis, or inputs without a second one.
     """
+    if mesh is not None and axis_name not in mesh.axis_names:
+        raise ValueError(f"per_stream: `mesh` has the axes {mesh.axis_names}, none is {axis_name!r}")
     if noise not in ("independent", "shared"):
         raise ValueError(f'per_stream: `noise` must be "independent" or "shared", not {noise!r}')
 
@@ -174,10 +184,15 @@ def per_stream(
     def update(params: Params, state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
         num_steps: list[Any] = []
 
-        def one_stream(state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
-            estimate, state = estimator.update(params, state, inputs)
-            num_steps.append(estimate.num_steps)
-            return estimate, state
+        def streams(params: Params, state: Any, inputs: PyTree) -> tuple[Any, tuple[Estimate, Any]]:
+            def one(state: Any, inputs: PyTree) -> tuple[Estimate, Any]:
+                estimate, state = estimator.update(params, state, inputs)
+                num_steps.append(estimate.num_steps)
+                return estimate, state
+
+            estimates, states = jax.vmap(one, in_axes=(0, 1))(state, inputs)
+            mean = jax.tree.map(_mean_over_streams, (estimates.loss, estimates.grads))
+            return mean, (estimates._replace(loss=(), grads=()), states)
 
         for leaf in jax.tree.leaves(inputs):
             if jnp.ndim(leaf) < 2:
@@ -185,13 +200,27 @@ def per_stream(
                     "per_stream: every leaf of `inputs` needs axes (time, streams, ...), "
                     f"not shape {jnp.shape(leaf)}"
                 )
-        estimates, states = jax.vmap(one_stream, in_axes=(0, 1))(state, inputs)
-        mean = jax.tree.map(_mean_over_streams, (estimates.loss, estimates.grads))
+        run = streams if mesh is None else _on_devices(streams, mesh, axis_name)
+        (loss, grads), (estimates, states) = run(params, state, inputs)
         # One that is known stays so, though it has been through `vmap`.
-        steps = num_steps[0] if all(map(is_concrete, num_steps)) else estimates.num_steps
-        return Estimate(mean[0], mean[1], steps, estimates.aux), states
+        steps = num_steps[0] if is_concrete(num_steps[0]) else estimates.num_steps
+        return Estimate(loss, grads, steps, estimates.aux), states
 
     return GradientEstimator(init, update)
+
+
+def _on_devices(streams: Callable[..., Any], mesh: Mesh, axis_name: str) -> Callable[..., Any]:
+    """`streams` on every device with its share; what it returns first is averaged."""
+
+    def on_device(params: Params, state: Any, inputs: PyTree) -> tuple[Any, Any]:
+        mean, own = streams(params, state, inputs)
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), mean), own
+
+    # With shard_map's checks, gradients of replicated parameters would be sums over devices already, and the
+    # system's own loops would have to know about devices.
+    whole, by_stream = PartitionSpec(), PartitionSpec(axis_name)
+    specs = (whole, by_stream, PartitionSpec(None, axis_name))
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(whole, by_stream), check_vma=False)
 
 
 def _mean_over_streams(leaf: jax.Array) -> jax.Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,25 +16,40 @@ def estimator_name(estimator: GradientEstimator) -> str:
     return getattr(estimator.update, "__qualname__", type(estimator.update).__name__).split(".")[0]
 
 
+def built(part: Any, hyperparameters: PyTree) -> Any:
+    """An estimator or an optimiser, or what a function of one run's hyperparameters makes of them."""
+    return part(hyperparameters) if callable(part) else part
+
+
 def static_num_steps(
-    estimator: GradientEstimator, params: Params, hidden: PyTree, inputs: PyTree, *, owner: str = "train"
+    estimator: GradientEstimator | Callable[[Any], GradientEstimator],
+    params: Params,
+    hidden: PyTree,
+    inputs: PyTree,
+    *,
+    hyperparameters: PyTree = None,
+    owner: str = "train",
 ) -> int | None:
     """Steps that one update consumes, or None where that is data.
 
     Found by tracing: an estimator that knows the number returns it as a plain integer.
+
+    Args:
+      estimator: one, or a function ``hyperparameters -> estimator``, which gets them as tracers.
 
     Raises:
       ValueError: each of several streams consumes another number; the message begins with `owner`.
     """
     found: list[int | None] = []
 
-    def probe(params: Params, hidden: PyTree, inputs: PyTree) -> jax.Array:
-        state = estimator.init(params, hidden, jax.random.key(0))
-        estimate, _ = estimator.update(params, state, inputs)
+    def probe(hyperparameters: PyTree, params: Params, hidden: PyTree, inputs: PyTree) -> jax.Array:
+        chosen = built(estimator, hyperparameters)
+        state = chosen.init(params, hidden, jax.random.key(0))
+        estimate, _ = chosen.update(params, state, inputs)
         found.append(_known(owner, estimate.num_steps))
         return jnp.asarray(estimate.loss)
 
-    jax.eval_shape(probe, params, hidden, inputs)
+    jax.eval_shape(probe, hyperparameters, params, hidden, inputs)
     return found[0]
 
 

@@ -269,6 +269,17 @@ def symbols(length: int) -> Case:
     return Case(model.system, params, hidden, (jnp.asarray(text[:-1]), jnp.asarray(text[1:])))
 
 
+@cache
+def batched(system: System) -> System:
+    """The system with a batch axis in front of state and inputs; its loss is the mean over the batch."""
+
+    def loss(params: Params, hidden: Any, inputs: Any) -> tuple[jax.Array, Any]:
+        losses, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, hidden, inputs)
+        return losses.mean(), aux
+
+    return System(jax.vmap(system.transition, in_axes=(None, 0, 0)), loss)
+
+
 def exposed(case: Case) -> System:
     """The transition of a case on inputs ``(inputs, weights)`` with the loss ℓₜ = weights · hₜ.
 

@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_older_steps(folder: Path, monkeypatch: Any, plac
         else:
             import orbax.checkpoint
 
-            patched.setattr(orbax.checkpoint.PyTreeCheckpointer, "save", full)
+            patched.setattr(orbax.checkpoint.Checkpointer, "save", full)
         with pytest.raises(CheckpointError, match=r"update 40 .*No space left.* \[10, 20, 30\] are intact"):
             save(folder, 40, state_of(40))
     assert list_steps(folder) == [10, 20, 30]

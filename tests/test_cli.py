@@ -100,6 +100,9 @@ def test_list_shows_every_part(capsys):
         (["train", "--optimizer", "adm"], "did you mean 'adam'"),
         (["train", *SMALL, "--learning-rate", "-1"], "--learning-rate must be positive"),
         (["train", *SMALL, "--seeds", "0"], "--seeds must be at least 1"),
+        (["train", *SMALL, "--devices", "9"], "--devices 9: there are 8"),
+        (["train", *SMALL, "--devices", "0"], "--streams 2 do not divide over 8 devices"),
+        (["train", *SMALL, "--distributed", "here"], "address:port,processes,index"),
         (["train", *SMALL, "--cell", "lstm:layers=0"], "layers must be at least 1"),
         (["train", *SMALL, "--estimator", "truncated-bptt:length=0"], "length"),
         (["train", *SMALL, "--data", "somewhere"], "leave --data out"),
@@ -270,3 +273,17 @@ def test_folders_and_tables(tmp_path):
     with pytest.raises(ValueError, match="--output"):
         fresh_folder(tmp_path / "file")
     assert len({len(line) for line in table(["a", "b"], [["x", 1.0], ["yy", 22]]).splitlines()}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--seeds", "3", "--devices", "0"], ["--devices", "2"]])
+def test_devices_change_no_result(arguments, tmp_path):
+    """Seeds on eight devices, streams on two."""
+    bits = []
+    for name, options in (("spread", arguments), ("alone", arguments[:-2])):
+        command = ["train", *SMALL, "--estimator", "truncated-bptt:length=5", *options]
+        assert main([*command, "--output", str(tmp_path / name)]) == 0
+        (run,) = json.loads((tmp_path / name / "summary.json").read_text())["runs"]
+        bits.append(run["test_bits"])
+    np.testing.assert_allclose(*bits, rtol=1e-5)
+    assert len(set(bits[0])) == len(bits[0]) == (3 if "--seeds" in arguments else 1)

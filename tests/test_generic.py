@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jtrunc
-from jtrunc import truncation
+from jtrunc import training, truncation
+from jtrunc.training.placement import place
 from tests import reference, systems
 from tests.compare import assert_close, differ
 from tests.systems import Case
@@ -272,6 +275,99 @@ def test_whether_the_number_of_steps_is_known_when_tracing(name):
 
     jax.eval_shape(update, state, case.inputs)
     assert seen == [name.startswith(("online", "adaptive"))]
+
+
+# On eight devices as on one.
+
+STREAMS, FORWARD = 8, ("rtrl", "snap", "nobacktrack", "uoro")
+
+
+class Streams(NamedTuple):
+    """Streams that differ, from states that differ."""
+
+    params: Any
+    hidden: jax.Array
+    inputs: jax.Array
+
+    @property
+    def rolled(self) -> jax.Array:
+        """The inputs of the neighbour."""
+        return jnp.roll(self.inputs, 1, axis=1)
+
+
+def streams() -> Streams:
+    case, generator = systems.tanh(STEPS, width=4), np.random.default_rng(4)
+    inputs = generator.normal(size=(STEPS, STREAMS, 2))
+    return Streams(case.params, jnp.asarray(generator.normal(size=(STREAMS, 4))), jnp.asarray(inputs))
+
+
+def two_updates(estimator: Any, params: Any, state: Any, inputs: Any) -> Any:
+    """The gradients of two updates; forward estimators carry an influence from one to the next."""
+
+    @jax.jit
+    def run(params: Any, state: Any, inputs: Any) -> Any:
+        first, state = estimator.update(params, state, inputs)
+        return first.grads, estimator.update(params, state, inputs)[0].grads
+
+    return run(params, state, inputs)
+
+
+@pytest.mark.slow
+@every_estimator
+def test_streams_laid_out_over_devices(name):
+    """By jit: streams over four devices, rows of the parameters over two, equal to 1e-12."""
+    params, hidden, inputs = given = streams()
+    system = systems.tanh(STEPS, width=4).system
+    make = ALL[name]
+    estimator = jtrunc.per_stream(make(system)) if name in FORWARD else make(systems.batched(system))
+    state = estimator.init(params, hidden, jax.random.key(0))
+    expected = two_updates(estimator, params, state, inputs)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    rows = NamedSharding(mesh, PartitionSpec("model"))
+    split = jax.tree.map(lambda leaf: jax.device_put(leaf, rows) if leaf.shape[0] == 4 else leaf, params)
+    layout = place(mesh, None, inputs)
+    split, state = layout.params(split), layout.hidden(state)
+    actual = two_updates(estimator, split, state, layout.data(inputs))
+    assert_close(actual, expected, rtol=1e-12)
+    assert len(layout.data(inputs).addressable_shards[0].data[0]) == 2
+    assert split.recurrent["W"].addressable_shards[0].data.shape == (2, 4)
+    assert differ(two_updates(estimator, split, state, layout.data(given.rolled)), expected)
+
+
+@pytest.mark.slow
+@every_estimator
+def test_streams_on_devices_of_their_own(name, mesh):
+    """By shard_map: parameters replicated, streams and their states apart."""
+    params, hidden, inputs = given = streams()
+    make, system = ALL[name], systems.tanh(STEPS, width=4).system
+    alone, spread = jtrunc.per_stream(make(system)), jtrunc.per_stream(make(system), mesh=mesh)
+    state = alone.init(params, hidden, jax.random.key(0))
+    expected = two_updates(alone, params, state, inputs)
+    assert_close(two_updates(spread, params, state, inputs), expected, rtol=1e-12)
+    assert differ(two_updates(spread, params, state, given.rolled), expected)
+
+
+@pytest.mark.slow
+@every_estimator
+def test_seeds_on_devices(name):
+    """Nine seeds of two updates, each with its learning rate, on eight devices."""
+    case = systems.tanh(2 * STEPS)
+    mesh = jax.make_mesh((8,), ("seeds",))
+
+    def init(key: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf * (1 + 0.1 * jax.random.normal(key)), case.params)
+
+    def run(mesh: Any) -> Any:
+        found = training.train(
+            case.system, init, case.hidden, ALL[name](case.system), lambda h: optax.sgd(h["rate"]),
+            case.inputs, window=STEPS, num_updates=2, lead_in=False, seeds=9, mesh=mesh,
+            hyperparameters={"rate": np.linspace(0.001, 0.01, 9)},
+        )  # fmt: skip
+        return found.params, found.history["loss"]
+
+    actual, expected = run(mesh), run(None)
+    assert_close(actual, expected, rtol=1e-12)
+    assert differ(jax.tree.map(lambda leaf: leaf[::-1], actual[0]), expected[0])
 
 
 # Where two estimators must coincide, and beside it where they must not.

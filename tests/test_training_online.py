@@ -196,7 +196,7 @@ def test_a_nan_in_the_middle_of_a_line_is_found_and_nothing_is_lost(
 def compiled_chunk(log_every: int, capacity: int) -> tuple[Any, Any, Any]:
     case = scalar(50, jnp.float32)
     program = Program(jtrunc.bptt(case.system), optax.sgd(0.01), 1, capacity, log_every)
-    state = init_state(program.estimator, program.optimizer, case.params, case.hidden, jax.random.key(0))
+    state = init_state(*program.parts(None), case.params, case.hidden, jax.random.key(0))
     stream = circular(case.inputs, 1)
     return run_chunk.lower(program, state, stream, jnp.int32(1)).compile(), state, stream
 

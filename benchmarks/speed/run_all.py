@@ -18,6 +18,7 @@ QUESTIONS = (
     "influences",
     "rank_one_memory",
     "target_blocks",
+    "seeds",
 )
 
 

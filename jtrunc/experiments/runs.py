@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jtrunc
 from jtrunc import cells, training
@@ -19,7 +20,10 @@ from jtrunc.experiments.names import Choice, choose
 from jtrunc.experiments.parts import CELLS, ESTIMATORS, OPTIMIZERS, TASKS, Tokens, Windowed
 from jtrunc.experiments.report import fresh_folder, table, write_json
 from jtrunc.experiments.sampling import sample
+from jtrunc.training.placement import STREAMS, place
 from jtrunc.training.plots import Curve, learning_curves
+from jtrunc.training.processes import from_first, is_first
+from jtrunc.training.seeds import SEEDS
 
 STEPS_PER_LINE = 500
 
@@ -48,6 +52,10 @@ class Setup:
     """Time steps between two evaluations on the validation data."""
     max_non_finite: int = 0
     """Updates of a run that may be skipped because they are NaN or infinite; the next one stops it."""
+    devices: int = 1
+    """Devices that the seeds are spread over, or with one seed the streams; 0: all that there are."""
+    distributed: str = ""
+    """Several processes, all of their devices: "auto" on a cluster, or address:port,processes,index."""
     resume: bool = False
     """Go on with the run in --output."""
 
@@ -71,11 +79,17 @@ class Run(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Task and model, read and made once for all runs."""
+    """Task, model and devices, read and made once for all runs; of the streams those of this process."""
 
     tokens: Tokens
     model: cells.Model
     data: dict[str, Any]
+    mesh: Mesh | None = None
+
+    @property
+    def hidden(self) -> Any:
+        """The initial state of the streams."""
+        return self.model.initial_hidden(self.data["train"][0].shape[1:2])
 
 
 def problem(setup: Setup) -> Problem:
@@ -89,13 +103,33 @@ def problem(setup: Setup) -> Problem:
         raise ValueError(f"--max-non-finite must be at least 0, got {setup.max_non_finite}")
     if not setup.learning_rate > 0:
         raise ValueError(f"--learning-rate must be positive, got {setup.learning_rate}")
+    mesh = devices_of(setup)
     tokens = task.make(setup.data, **task.options)
     made = cell.make(tokens.num_classes, **cell.options)
     model = cells.model(made, tokens.num_classes, cells.softmax_cross_entropy)
     data = {name: tuple(getattr(tokens, name)(setup.streams)) for name in ("train", "valid", "test")}
     length = len(data["train"][0])
-    print(f"{tokens.summary}\n{cell.label}, {length:,} steps in each of {setup.streams} streams", flush=True)
-    return Problem(tokens, model, data)
+    if is_first():
+        shape = f"{length:,} steps in each of {setup.streams} streams"
+        print(f"{tokens.summary}\n{cell.label}, {shape}", flush=True)
+    if mesh is not None and STREAMS in mesh.axis_names:
+        own = setup.streams // jax.process_count()
+        mine = slice(own * jax.process_index(), own * (jax.process_index() + 1))
+        data = {name: tuple(leaf[:, mine] for leaf in split) for name, split in data.items()}
+    return Problem(tokens, model, data, mesh)
+
+
+def devices_of(setup: Setup) -> Mesh | None:
+    """A mesh with one axis, for the seeds where there are several, else for the streams; None: one device."""
+    count = jax.device_count() if setup.distributed or not setup.devices else setup.devices
+    if not 0 < count <= jax.device_count():
+        raise ValueError(f"--devices {setup.devices}: there are {jax.device_count()}; 0 takes all of them")
+    if count == 1:
+        return None
+    axis = SEEDS if setup.seeds > 1 else STREAMS
+    if axis == STREAMS and setup.streams % count:
+        raise ValueError(f"--streams {setup.streams} do not divide over {count} devices: take a multiple")
+    return jax.make_mesh((count,), (axis,), devices=jax.devices()[:count])
 
 
 def one_run(
@@ -111,7 +145,7 @@ def one_run(
     Shadows are watched beside it. The named splits of the data are evaluated on the way, of training data as
     much as there is held out.
     """
-    system, streams = given.model.system, (setup.streams,)
+    system = given.model.system
     optimizer = choose(setup.optimizer, OPTIMIZERS, "optimizer")
     made, window, consumed = _watched(estimator, shadows, system)
     held_out = max(len(given.data[name][0]) for name in ("valid", "test"))
@@ -121,19 +155,20 @@ def one_run(
     result = training.train(
         system,
         given.model.init,
-        given.model.initial_hidden(streams),
+        given.hidden,
         made,
         optimizer.make(setup.learning_rate, **optimizer.options),
         given.data["train"],
         window=window,
         num_updates=max(1, round(setup.steps / consumed)),
         seeds=setup.seeds,
+        mesh=given.mesh,
         log_every=log_every,
         max_non_finite=setup.max_non_finite,
         eval_data={name: tuple(leaf[:held_out] for leaf in given.data[name]) for name in splits},
         eval_every=lines_per_evaluation * log_every,
         out_dir=folder,
-        resume=(folder / "config.json").exists(),
+        resume=from_first(lambda: (folder / "config.json").exists()),
         config={
             "task": choose(setup.task, TASKS, "task").full_label,
             "cell": choose(setup.cell, CELLS, "cell").full_label,
@@ -144,8 +179,9 @@ def one_run(
         },
         progress=True,
     )
-    hidden = given.model.initial_hidden(streams)
-    test = training.evaluate(system, result.params, hidden, given.data["test"], seed_axis=True)
+    layout = place(given.mesh, setup.seeds, given.data["test"])
+    hidden, data = layout.hidden(given.hidden), layout.data(given.data["test"])
+    test = training.evaluate(system, result.params, hidden, data, seed_axis=True)
     at = np.searchsorted(result.history["update"], result.evaluations["valid"]["update"])
     timesteps = result.history["timestep"][at].mean(axis=1)
     return Run(estimator.label, result, timesteps, test.bits, time.monotonic() - start)
@@ -173,6 +209,8 @@ def train(setup: Setup, estimator: str, shadows: tuple[str, ...], output: Path) 
     watched = [choose(text, ESTIMATORS, "estimator") for text in shadows]
     given = begin(setup, [chosen], output, watched)
     runs = [one_run(setup, given, chosen, output, shadows=watched)]
+    if not is_first():
+        return []
     paths = report(runs, setup, output) + samples(runs, given, output)
     return [alignment(runs[0], watched, output / "alignment.png"), *paths] if watched else paths
 
@@ -195,17 +233,22 @@ def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Pat
     given = begin(setup, chosen, output)
     runs = []
     for choice in chosen:
-        print(f"{choice.label} ...", flush=True)
+        if is_first():
+            print(f"{choice.label} ...", flush=True)
         runs.append(one_run(setup, given, choice, output / re.sub("[:,]", "-", choice.label)))
+    if not is_first():
+        return []
     return report(runs, setup, output) + samples(runs, given, output)
 
 
 def begin(setup: Setup, estimators: list[Choice], output: Path, shadows: Sequence[Choice] = ()) -> Problem:
     """The problem, once every option has been read and before the folder is made: a refusal leaves none."""
+    if setup.distributed:
+        training.start_processes(setup.distributed)
     given = problem(setup)
     for estimator in estimators:
         _watched(estimator, shadows, given.model.system)
-    claim(setup.resume, output)
+    from_first(lambda: claim(setup.resume, output))
     return given
 
 
@@ -257,7 +300,11 @@ def picture(runs: list[Run], path: Path) -> Path:
         history, valid = run.result.history, run.result.evaluations["valid"]
         curves[f"{run.label}, training"] = Curve(history["timestep"], history["loss"] / np.log(2))
         curves[f"{run.label}, validation"] = Curve(run.timesteps, valid["bits"])
-    return learning_curves(curves, path, x_label="time steps of each stream", y_label="bits per token")
+    seeds = len(runs[0].result.seeds or ())
+    title = f"median and 10 to 90 % of {seeds} seeds" if seeds > 1 else ""
+    return learning_curves(
+        curves, path, x_label="time steps of each stream", y_label="bits per token", title=title
+    )
 
 
 def samples(runs: list[Run], given: Problem, folder: Path, num_tokens: int = 300) -> list[Path]:

@@ -6,6 +6,7 @@ from jtrunc.training.evaluate import Evaluation as Evaluation
 from jtrunc.training.evaluate import evaluate as evaluate
 from jtrunc.training.loop import train as train
 from jtrunc.training.metrics import read_metrics as read_metrics
+from jtrunc.training.processes import start_processes as start_processes
 from jtrunc.training.runner import NonFiniteError as NonFiniteError
 from jtrunc.training.runner import TrainingInterrupted as TrainingInterrupted
 from jtrunc.training.runner import TrainResult as TrainResult

@@ -90,7 +90,7 @@ def save(
         arrays = {name: leaf for name, leaf in _raw_leaves(state).items() if leaf.size}
         if arrays:  # orbax writes neither an empty tree nor an array of size zero
             with _without_log():
-                orbax.PyTreeCheckpointer().save(temporary / "arrays", arrays)
+                _checkpointer(orbax).save(temporary / "arrays", arrays)
         leaves = describe_leaves(state)
         content = {"update": update, "config_hash": config_hash, "extra": extra or {}, "leaves": leaves}
         seal(temporary, content)
@@ -132,7 +132,7 @@ def restore(folder: str | Path, template: PyTree, *, config_hash: str | None = N
             damaged.append(f"{step.name}: {error}")
             continue
         _check_belongs(manifest, template, config_hash, step)
-        arrays = orbax.PyTreeCheckpointer().restore(step / "arrays") if (step / "arrays").exists() else {}
+        arrays = _checkpointer(orbax).restore(step / "arrays") if (step / "arrays").exists() else {}
         if damaged:
             warnings.warn(
                 f"damaged checkpoints in {folder} were passed over ({'; '.join(damaged)}); going on from the "
@@ -144,6 +144,16 @@ def restore(folder: str | Path, template: PyTree, *, config_hash: str | None = N
     if damaged:
         raise CheckpointError(f"no checkpoint in {folder} is intact ({'; '.join(damaged)}); begin a new run")
     raise CheckpointError(f"there is no checkpoint in {folder}; begin a new run, or check the path")
+
+
+def _checkpointer(orbax: Any) -> Any:
+    """One that waits for no other process: in a run of several, one alone reads and writes."""
+    this = jax.process_index()
+    options = orbax.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    handler = orbax.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return orbax.Checkpointer(handler, multiprocessing_options=options)
 
 
 def list_steps(folder: str | Path) -> list[int]:

@@ -18,10 +18,12 @@ from jtrunc.base import PyTree
 from jtrunc.probe import estimator_name
 from jtrunc.sealed import hash_json
 from jtrunc.training.chunk import Program
-from jtrunc.training.step import TrainState, train_step
+from jtrunc.training.processes import each
+from jtrunc.training.seeds import Hyperparameters
+from jtrunc.training.step import TrainState
 
 FILE = "config.json"
-_STEP = jax.jit(train_step, static_argnums=(0, 1))
+_STEP = jax.jit(Program.step, static_argnums=0)
 _TIED_TO_BACKEND = ("backend", "program", "first state")
 _HASHES = ("data", "evaluation data", "program", "first state")
 
@@ -31,35 +33,55 @@ class ConfigurationError(ValueError):
 
 
 def configuration(
-    program: Program, state: TrainState, inputs: PyTree, data: PyTree, given: Mapping[str, Any]
+    program: Program,
+    state: TrainState,
+    inputs: PyTree,
+    data: PyTree,
+    given: Mapping[str, Any],
+    hyperparameters: Hyperparameters = None,
 ) -> dict[str, Any]:
     """The JSON object that says what a run computes.
 
     Args:
       program: the compiled parts.
-      state: the first state.
-      inputs: one window.
-      data: the data; its bytes are hashed.
+      state: the first state, whole.
+      inputs: the shapes of one window.
+      data: the data of this process; its bytes are hashed.
       given: what the caller adds (seeds, key, own options).
+      hyperparameters: of all seeds.
 
     Returns:
-      `given`, the estimator's name and window, SHA-256 of the data, of the first state and of the lowered
-      train step: a length or a learning rate that sits in a closure changes the program.
+      `given`, hyperparameters where there are any, the estimator's name and window, SHA-256 of the data, of
+      the first state and of the lowered train step: a length or a learning rate that sits in a closure
+      changes the program.
     """
-    if program.seed_axis.value != "none":
-        one = jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else leaf[0], state)
-    else:
+    one, numbers = (_first(tree) for tree in (state, hyperparameters))
+    if program.seed_axis.value == "none":
         one = state
-    text = _STEP.lower(program.estimator, program.optimizer, one, inputs).as_text()
+    # Shapes alone: the text must not say on which devices the arrays lie.
+    shapes = jax.eval_shape(lambda *trees: trees, one, inputs, numbers)
+    text = _STEP.lower(program._replace(mesh=None), *shapes).as_text()
+    if hyperparameters is not None:
+        given = {**given, "hyperparameters": {name: row.tolist() for name, row in hyperparameters.items()}}
     return {
         **given,
-        "estimator": estimator_name(program.estimator),
+        "estimator": estimator_name(program.parts(numbers)[0]),
         "window": program.window,
-        "data": hash_tree(data),
+        "data": _hash_of_all(data),
         "first state": hash_tree(state),
         "program": hashlib.sha256(text.encode()).hexdigest(),
         "backend": f"jax {jax.__version__} {jax.default_backend()}",
     }
+
+
+def _first(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else leaf[0], tree)
+
+
+def _hash_of_all(data: PyTree) -> str | list[str]:
+    """The hash of the data, or of every process's own where they differ."""
+    hashes = each(hash_tree(data))
+    return hashes if len(set(hashes)) > 1 else hashes[0]
 
 
 def hash_tree(tree: PyTree) -> str:

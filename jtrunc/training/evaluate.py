@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtrunc.base import Loss, Params, PyTree, System, Transition
+from jtrunc.training.processes import gather
 from jtrunc.training.stream import num_rows
 
 
@@ -70,7 +71,7 @@ def evaluate(
     for start in range(0, length, steps_at_once):
         inputs = jax.tree.map(lambda leaf, start=start: leaf[start : start + steps_at_once], data)
         hidden, losses = _losses(functions, seed_axis, params, hidden, inputs)
-        total = total + np.asarray(losses, np.float64).sum(axis=-1)
+        total = total + np.asarray(gather(losses), np.float64).sum(axis=-1)
     nats = total / length
     return Evaluation(nats, nats / np.log(2), length, hidden)
 

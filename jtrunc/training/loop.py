@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jtrunc.base import GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_count, check_size
@@ -17,9 +18,17 @@ from jtrunc.probe import static_num_steps
 from jtrunc.training import checkpoint, configuration
 from jtrunc.training.chunk import Program, init_chunk
 from jtrunc.training.metrics import MetricsFile
+from jtrunc.training.placement import Placement, place
+from jtrunc.training.processes import from_first, is_first, largest, put
 from jtrunc.training.progress import Progress
 from jtrunc.training.runner import Options, Output, Runner, TrainingInterrupted, TrainResult
-from jtrunc.training.seeds import SeedAxis, check_seeds, seed_key
+from jtrunc.training.seeds import (
+    Hyperparameters,
+    SeedAxis,
+    check_hyperparameters,
+    check_seeds,
+    seed_key,
+)
 from jtrunc.training.signals import StopRequest, deferred_interrupt
 from jtrunc.training.step import TrainState
 from jtrunc.training.stream import circular, lead_in_ends, num_rows, window_at
@@ -32,14 +41,16 @@ def train(
     system: System,
     params: Params | Callable[[jax.Array], Params],
     hidden: PyTree,
-    estimator: GradientEstimator,
-    optimizer: optax.GradientTransformation,
+    estimator: GradientEstimator | Callable[[Any], GradientEstimator],
+    optimizer: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation],
     data: PyTree,
     *,
     window: int,
     num_updates: int,
     key: jax.Array | None = None,
     seeds: int | Sequence[int] | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
     log_every: int = 1,
     lead_in: bool = True,
     max_non_finite: int = 0,
@@ -63,12 +74,21 @@ def train(
     loop sums up a thousand updates by itself, so that 10⁶ of them return 10³ rows, in memory that does not
     depend on their number; the loop adds about a microsecond to an update.
 
+    With a `mesh` the run is spread over devices. An axis "seeds" splits the seeds; where they do not divide
+    evenly, the devices are filled up with copies of the first, of which nothing is reported or saved. An axis
+    "data" splits the streams: axis 1 of `data`, axis 0 of `hidden`; a system whose loss is a mean over its
+    batch then averages over all devices. Both may be given. Results equal those of one device but for
+    rounding, and a checkpoint is resumed on any number of devices. In a run of several processes (see
+    `jtrunc.training.start_processes`) each calls `train` with its own streams and the same of all else;
+    process 0 reads and writes the files, for which the others send it what they have, and gives them what it
+    read: the folder need not be shared. Every process gets the whole result.
+
     Args:
       system: the system that the estimator was made for; it is what the evaluations run.
       params: the first parameters, or a function ``key -> Params`` such as a model's `init`.
       hidden: the initial hidden state.
-      estimator: a gradient estimator of `system`.
-      optimizer: any optax optimiser; it gets `timestep` as an extra argument (see
+      estimator: a gradient estimator of `system`, or a function of `hyperparameters` that makes it.
+      optimizer: any optax optimiser, or such a function; it gets `timestep` as an extra argument (see
         `jtrunc.optimizers.scale_by_timestep_schedule`), and the `truncation_length` of estimators that
         report it (see `jtrunc.optimizers.scale_by_truncation_length`).
       data: leaves (T, ...), time in front; copied to the device once.
@@ -78,6 +98,10 @@ def train(
       key: a typed key, ``jax.random.key(0)`` by default.
       seeds: a count or a sequence of integers: many runs in one program, results with a leading axis of
         seeds. Seed i equals, to float tolerance, the solo run with ``key=seed_key(key, i)``.
+      hyperparameters: arrays (seeds,) by name. The functions given for `estimator` and `optimizer` are called
+        with the numbers of one run by name, traced, so that rates, mean lengths or penalties of their own
+        cost no compilation. A seed may then occur twice.
+      mesh: the devices of the run; by default one.
       log_every: updates per line of metrics, which are summed on the device (to about twice the digits of
         float32). Loss: mean per scored step (nats) over the line's updates; gradient norm and diagnostics:
         mean over its updates (infinite if one is). Chunks are whole lines: after Ctrl-C the line is finished
@@ -121,25 +145,45 @@ def train(
       ...     window=10, num_updates=500)
       >>> round(float(result.params.recurrent), 2)
       0.5
+
+    Three learning rates in one program: after 30 updates the largest is nearest to 0.5.
+
+      >>> result = train(system, jtrunc.Params(jnp.float32(0.0)), jnp.float32(0.0),
+      ...     jtrunc.truncated_bptt(system, 10), lambda h: optax.sgd(h["rate"]), jnp.ones(100, jnp.float32),
+      ...     window=10, num_updates=30, seeds=[0, 0, 0], hyperparameters={"rate": [0.0003, 0.001, 0.003]})
+      >>> [round(theta, 2) for theta in result.params.recurrent.tolist()]
+      [0.09, 0.33, 0.5]
     """
     options = _check_options(
         num_updates, log_every, window, eval_data, eval_every, out_dir, checkpoint_every, keep, resume
     )
     check_count("train", "max_non_finite", max_non_finite)
-    seed_numbers, key = check_seeds(seeds), _check_key(key)
+    key, seed_numbers = _check_key(key), check_seeds(seeds, distinct=hyperparameters is None)
+    tried = check_hyperparameters(hyperparameters, seed_numbers, (estimator, optimizer))
+    placement = place(mesh, None if seed_numbers is None else len(seed_numbers), data)
     stream = circular(data, window)
-    inputs = window_at(stream.rows, jnp.int32(0), window)
-    num_steps = static_num_steps(estimator, _shapes_of(params, key), hidden, inputs)
+    stream = stream._replace(rows=placement.data(stream.rows))
+    first_hidden = placement.hidden(hidden)
+    inputs = jax.eval_shape(lambda rows: window_at(rows, jnp.int32(0), window), stream.rows)
+    first_tried = jax.tree.map(lambda leaf: leaf[0], tried)
+    shapes = _shapes_of(params, key)
+    num_steps = static_num_steps(estimator, shapes, first_hidden, inputs, hyperparameters=first_tried)
     axis = SeedAxis.NONE if seed_numbers is None else SeedAxis.VMAP if num_steps else SeedAxis.MAP
-    program = Program(estimator, optimizer, window, _LINES_AT_ONCE, log_every, axis)
-    state = _first_state(program, params, hidden, key, seed_numbers, max_non_finite)
+    program = Program(estimator, optimizer, window, _LINES_AT_ONCE, log_every, axis, placement.mesh)
+    state, shardings = _first_state(
+        program, placement, params, first_hidden, key, seed_numbers, tried, max_non_finite
+    )
+    splits = {name: jax.tree.map(jnp.asarray, split) for name, split in (eval_data or {}).items()}
     runner = Runner(
         program=program,
+        placement=placement,
+        shardings=shardings,
+        hyperparameters=placement.by_seed(tried),
         stream=stream,
         lead_in=lead_in_ends(window, num_steps) if lead_in and num_steps else [],
         system=system,
-        eval_data={name: jax.tree.map(jnp.asarray, split) for name, split in (eval_data or {}).items()},
-        eval_hidden=hidden if eval_hidden is None else eval_hidden,
+        eval_data={name: placement.data(split) for name, split in splits.items()},
+        eval_hidden=first_hidden if eval_hidden is None else placement.hidden(eval_hidden),
         options=options,
         seeds=seed_numbers,
         state=state,
@@ -148,38 +192,46 @@ def train(
         given = {"seeds": seed_numbers, "key": jax.random.key_data(key).tolist(), "log_every": log_every,
                  "lead_in": bool(lead_in), "given": dict(config or {})}  # fmt: skip
         given |= {"max_non_finite": max_non_finite} if max_non_finite else {}
-        if runner.eval_data:
-            splits = runner.eval_data.items()
-            given["evaluation data"] = {name: configuration.hash_tree(split) for name, split in splits}
-        described = configuration.configuration(program, state, inputs, data, given)
-        _open(runner, Path(out_dir), state, described, resume)
+        if splits:
+            given["evaluation data"] = {
+                name: configuration.hash_tree(split) for name, split in splits.items()
+            }
+        template = runner.whole_state()
+        described = configuration.configuration(program, template, inputs, data, given, tried)
+        _open(runner, Path(out_dir), template, described, resume)
     with deferred_interrupt() as stop:
         return _drive(runner, stop, progress)
 
 
 def _first_state(
     program: Program,
+    placement: Placement,
     params: Any,
     hidden: PyTree,
     key: jax.Array,
     seeds: tuple[int, ...] | None,
+    hyperparameters: Hyperparameters,
     max_non_finite: int,
-) -> TrainState:
-    run_key = key if seeds is None else jnp.stack([seed_key(key, seed) for seed in seeds])
-    init_params, given = (params, None) if callable(params) else (None, params)
-    state = init_chunk(program, init_params, given, hidden, run_key)
+) -> tuple[TrainState, TrainState | None]:
+    """The state before the first update, and where its leaves lie."""
+    run_key = key
+    if seeds is not None:
+        run_key = placement.by_seed(jnp.stack([seed_key(key, seed) for seed in seeds]))
+    init_params, given = (params, None) if callable(params) else (None, placement.params(params))
+    state = init_chunk(program, init_params, given, hidden, run_key, placement.by_seed(hyperparameters))
     if max_non_finite:
         state = state._replace(skips_left=jnp.full(run_key.shape, max_non_finite, jnp.int32))
-    return state
+    shardings = placement.shardings(state, given, program.seed_axis)
+    return state if shardings is None else put(state, shardings), shardings
 
 
 def _drive(runner: Runner, stop: StopRequest, show: bool | None) -> TrainResult:
-    bar = Progress(runner.options.num_updates, runner.update, show)
+    bar = Progress(runner.options.num_updates, runner.update, show if is_first() else False)
     try:
         while not runner.finished:
             runner.advance()
             bar.advance_to(runner.update, float(np.mean(runner.timesteps)), runner.last_loss)
-            if stop.requested and not runner.finished:
+            if largest(stop.requested) and not runner.finished:
                 runner.save()
                 raise TrainingInterrupted(runner.interrupted_message(), runner.result())
     finally:
@@ -193,15 +245,15 @@ def _open(
     """Claim the folder for a new run, or put the runner where the newest intact checkpoint was."""
     metrics, steps = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoints"
     if not resume:
-        configuration.begin(folder, described)
+        from_first(lambda: configuration.begin(folder, described))
         runner.output = Output(metrics, steps, configuration.hash_configuration(described))
         return
-    config_hash = configuration.check_same(folder, described)
+    config_hash = from_first(lambda: configuration.check_same(folder, described))
     runner.output = Output(metrics, steps, config_hash)
-    if not checkpoint.list_steps(steps):  # killed before the first checkpoint
-        metrics.truncate_to(0)
+    if not from_first(lambda: checkpoint.list_steps(steps)):  # killed before the first checkpoint
+        from_first(lambda: metrics.truncate_to(0))
         return
-    runner.go_on(checkpoint.restore(steps, template, config_hash=config_hash))
+    runner.go_on(from_first(lambda: checkpoint.restore(steps, template, config_hash=config_hash)))
 
 
 def _check_options(

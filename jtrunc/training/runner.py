@@ -17,7 +17,9 @@ from jtrunc.training import checkpoint
 from jtrunc.training.chunk import Program, lead_in_update, run_chunk
 from jtrunc.training.evaluate import evaluate
 from jtrunc.training.metrics import Line, MetricsFile, split_columns, train_columns
-from jtrunc.training.seeds import SeedAxis
+from jtrunc.training.placement import Placement
+from jtrunc.training.processes import from_first, gather, largest, put
+from jtrunc.training.seeds import Hyperparameters, SeedAxis
 from jtrunc.training.step import TrainState, describe_non_finite
 from jtrunc.training.stream import Stream
 from jtrunc.training.sums import MetricSums, Sum
@@ -86,6 +88,9 @@ class Runner:
     """A run in progress; `advance` is one chunk."""
 
     program: Program
+    placement: Placement
+    shardings: TrainState | None
+    hyperparameters: Hyperparameters
     stream: Stream
     lead_in: list[int]
     system: System
@@ -112,7 +117,7 @@ class Runner:
         size = self._next_size()
         start = time.monotonic()
         state, rows = self._compute(size)
-        self._adapt_chunk_size(size, time.monotonic() - start)
+        self._adapt_chunk_size(size, largest(time.monotonic() - start))
         good = _num_good(rows)
         if good < size:
             self._stop_before_damage(good)
@@ -127,18 +132,19 @@ class Runner:
         """Write a checkpoint of this update, unless there is one."""
         if self.output is None or self.saved_at == self.update:
             return
-        checkpoint.save(
-            self.output.checkpoints,
-            self.update,
-            self.state,
-            config_hash=self.output.config_hash,
-            extra={
-                "timesteps": np.asarray(self.timesteps).tolist(),
-                "metrics": self.output.metrics.sha256,
-            },
-            keep=self.options.keep,
-        )
+        folder, config_hash, keep = self.output.checkpoints, self.output.config_hash, self.options.keep
+        state, metrics = self.whole_state(), self.output.metrics
+
+        def write() -> None:
+            extra = {"timesteps": np.asarray(self.timesteps).tolist(), "metrics": metrics.sha256}
+            checkpoint.save(folder, self.update, state, config_hash=config_hash, extra=extra, keep=keep)
+
+        from_first(write)
         self.saved_at = self.update
+
+    def whole_state(self) -> TrainState:
+        """The state of all seeds and streams, and of nothing else, in every process."""
+        return self.placement.trim_state(gather(self.state), self.program.seed_axis)
 
     def go_on(self, restored: checkpoint.Restored) -> None:
         """Take over a restored state, and the lines of metrics up to it."""
@@ -148,13 +154,15 @@ class Runner:
                 f"train: the run has made {restored.update} updates already, more than `num_updates` = "
                 f"{self.options.num_updates}; pass a larger number to go on"
             )
-        lines = self.output.metrics.truncate_to(restored.update)
-        if self.output.metrics.sha256 != restored.extra.get("metrics"):
+        metrics = self.output.metrics
+        lines, digest = from_first(lambda: (metrics.truncate_to(restored.update), metrics.sha256))
+        if digest != restored.extra.get("metrics"):
             raise checkpoint.CheckpointError(
-                f"{self.output.metrics.path} lacks lines up to update {restored.update}, or they are not "
+                f"{metrics.path} lacks lines up to update {restored.update}, or they are not "
                 "those that were there when its checkpoint was written; put the file back, or begin a new run"
             )
-        self.state, self.update, self.saved_at = restored.state, restored.update, restored.update
+        self.state = self.placement.fill_state(restored.state, self.program.seed_axis, self.shardings)
+        self.update = self.saved_at = restored.update
         self.timesteps = np.asarray(restored.extra["timesteps"], np.int64)
         self.blocks = [train_columns(lines)]
         self.evaluation_lines = [line for line in lines if "split" in line]
@@ -164,8 +172,8 @@ class Runner:
             name: np.concatenate([block[name] for block in self.blocks])
             for name in (self.blocks[0] if self.blocks else {})
         }
-        evaluations = split_columns(self.evaluation_lines)
-        return TrainResult(self.state.params, self.state, history, evaluations, self.seeds)
+        state, evaluations = self.whole_state(), split_columns(self.evaluation_lines)
+        return TrainResult(state.params, state, history, evaluations, self.seeds)
 
     def interrupted_message(self) -> str:
         if self.output is None:
@@ -199,20 +207,24 @@ class Runner:
         """
         state, parts, done = self.state, [], 0
         for end in self.lead_in[self.update : self.update + size]:
-            state, row = lead_in_update(self.program, end, state, self.stream)
+            state, row = lead_in_update(self.program, end, state, self.stream, self.hyperparameters)
             parts.append(self._time_major(row, 1))
             done += 1
         if done < size:
-            state, rows = run_chunk(self.program, state, self.stream, jnp.int32(size - done))
+            count = jnp.int32(size - done)
+            state, rows = run_chunk(self.program, state, self.stream, count, self.hyperparameters)
             every = self.options.log_every
             num_lines = (self.update + size - 1) // every - (self.update + done) // every + 1
             parts.append(self._time_major(rows, num_lines))
+        if self.shardings is not None:  # the compiler may have moved something
+            state = put(state, self.shardings)
         return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def _time_major(self, rows: MetricSums, size: int) -> MetricSums:
-        solo = self.program.seed_axis is SeedAxis.NONE
-        rows = jax.device_get(rows)
-        return jax.tree.map(lambda leaf: leaf[:size] if solo else leaf[:, :size].swapaxes(0, 1), rows)
+        rows = jax.device_get(gather(rows))
+        if self.program.seed_axis is SeedAxis.NONE:
+            return jax.tree.map(lambda leaf: leaf[:size], rows)
+        return jax.tree.map(lambda leaf: leaf[:, :size].swapaxes(0, 1), self.placement.trim(rows))
 
     def _accept(self, state: TrainState, rows: MetricSums) -> None:
         block = self._lines(rows)
@@ -221,11 +233,13 @@ class Runner:
         self.timesteps = block["timestep"][-1]
         self.last_loss = float(np.mean(block["loss"][-1]))
         self.blocks.append(block)
+        plain = {name: column.tolist() for name, column in block.items()}
+        self._write([dict(zip(plain, values, strict=True)) for values in zip(*plain.values(), strict=True)])
+
+    def _write(self, lines: list[Line]) -> None:
         if self.output is not None:
-            plain = {name: column.tolist() for name, column in block.items()}
-            self.output.metrics.append(
-                dict(zip(plain, values, strict=True)) for values in zip(*plain.values(), strict=True)
-            )
+            metrics = self.output.metrics
+            from_first(lambda: metrics.append(lines))
 
     def _lines(self, rows: MetricSums) -> dict[str, np.ndarray]:
         """The chunk's metrics, one entry per line of `log_every` updates."""
@@ -266,17 +280,10 @@ class Runner:
             found = evaluate(
                 self.system, self.state.params, self.eval_hidden, split, seed_axis=self.seeds is not None
             )
-            lines.append(
-                {
-                    "update": self.update,
-                    "split": name,
-                    "nats": found.nats.tolist(),
-                    "bits": found.bits.tolist(),
-                }
-            )
+            nats, bits = self.placement.trim((found.nats, found.bits))
+            lines.append({"update": self.update, "split": name, "nats": nats.tolist(), "bits": bits.tolist()})
         self.evaluation_lines += lines
-        if self.output is not None:
-            self.output.metrics.append(lines)
+        self._write(lines)
 
     def _stop_before_damage(self, good: int) -> None:
         """Redo the `good` updates before the damage (the chunk's first state is still there), save, raise."""
@@ -296,11 +303,15 @@ class Runner:
         kept = "" if self.output is None else f" and in {self.output.checkpoints}"
         raise NonFiniteError(
             f"{describe_non_finite(int(bits[position]))} not finite at update {self.update + 1}, timestep "
-            f"{timesteps[position]}{seed}, estimator {estimator_name(self.program.estimator)}{spent}; the "
-            f"state after update {self.update} is in this error's `result`{kept}. Lower the learning rate or "
-            "clip the gradients",
+            f"{timesteps[position]}{seed}, estimator {self._estimator_name()}{spent}; the state after "
+            f"update {self.update} is in this error's `result`{kept}. Lower the learning rate or clip the "
+            "gradients",
             self.result(),
         )
+
+    def _estimator_name(self) -> str:
+        first = jax.tree.map(lambda leaf: leaf[0], gather(self.hyperparameters))
+        return estimator_name(self.program.parts(first)[0])
 
 
 def _counts(rows: MetricSums) -> np.ndarray:

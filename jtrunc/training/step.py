@@ -212,10 +212,10 @@ def _non_finite(*trees: PyTree) -> jax.Array:
 def _any_non_finite(leaf: jax.Array) -> jax.Array:
     """int32, 1 if any entry is NaN or infinite, else 0.
 
-    Integers, because XLA on CPU reduces booleans an entry at a time; and no `max` of the floats themselves,
-    which drops NaN there.
+    Integers, because XLA on CPU reduces booleans an entry at a time, and the greatest of them, because it
+    cannot `or` them over devices; but no `max` of the floats themselves, which drops NaN there.
     """
-    return jax.lax.reduce_or((~jnp.isfinite(leaf)).astype(jnp.int32), tuple(range(jnp.ndim(leaf))))
+    return jnp.max((~jnp.isfinite(leaf)).astype(jnp.int32), initial=0)
 
 
 def _inexact_leaves(tree: PyTree) -> list[jax.Array]:
