@@ -22,6 +22,7 @@ from jtrunc.trees import (
     cotangent_tree,
     is_inexact,
     no_cotangent,
+    num_time_steps,
     partition_inexact,
     weighted_cotangent,
 )
@@ -34,6 +35,10 @@ ROWS_PER_WIDTH = 4
 LIGHT_PASS = 1 << 15
 """So few multiplications in a step that it costs by its number of operations: the two-phase pass has fewer,
 since losses and products with inputs wait until after the scan (measured: `benchmarks/speed`)."""
+
+ROWS_TO_TURN, SIZE_TO_TURN, STEPS_TO_TURN = 8, 1 << 19, 20
+"""From so many rows, numbers in the kernels, and steps on, the forward products gain more from kernels on the
+left than it costs to transpose them once (measured: `benchmarks/speed`)."""
 
 ROWS_TO_PROJECT_INSIDE = 32
 """From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
@@ -76,12 +81,16 @@ class Layout(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """One fused kernel for each group of the layout, the biases by name, and the elementwise parameters."""
+    """One fused kernel for each group of the layout, the biases by name, and the elementwise parameters.
+
+    `turned` are the hidden kernels transposed, for a forward pass that is faster with them on the left.
+    """
 
     hidden: tuple[jax.Array, ...]
     input: tuple[jax.Array, ...]
     biases: Named
     elementwise: PyTree
+    turned: tuple[jax.Array, ...] = ()
 
 
 def layout_of(structure: Structure, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Layout:
@@ -149,7 +158,13 @@ def project_hidden(
     structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree
 ) -> Named:
     """What the maps add from the hidden state, for one step: ``a(h, x) W``."""
-    return _products(layout, layout.hidden_groups, weights.hidden, structure.hidden_features(hidden, inputs))
+    features = structure.hidden_features(hidden, inputs)
+    if not weights.turned:
+        return _products(layout, layout.hidden_groups, weights.hidden, features)
+    values: Named = {}
+    for group, kernel in zip(layout.hidden_groups, weights.turned, strict=True):
+        values |= layout.split(matrix_on_the_left(kernel, features[group[0]]), group)
+    return values
 
 
 def forward_step(
@@ -201,13 +216,41 @@ def backward_step(
 
     _, pull_combine = jax.vjp(combine, weights.elementwise, hidden, input_leaves, preactivations)
     elementwise_bar, hidden_bar, inputs_bar, deltas = pull_combine(cotangent)
-    _, pull_products = jax.vjp(
-        lambda hidden: project_hidden(structure, layout, weights, hidden, inputs), hidden
-    )
-    (through_products,) = pull_products({name: deltas[name] for name in _members(layout.hidden_groups)})
+    through_products = _pull_hidden(structure, layout, weights, hidden, inputs, deltas)
     hidden_bar = jax.tree.map(jnp.add, hidden_bar, through_products)
     delta = jnp.concatenate([deltas[name] for name in layout.names], axis=-1)
     return StepCotangents(delta, hidden_bar, elementwise_bar, inputs_bar)
+
+
+def _pull_hidden(
+    structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree, deltas: Named
+) -> PyTree:
+    """The cotangent of hₜ₋₁ through the products alone: δ Wᵀ, then back through the features."""
+
+    def features(hidden: PyTree) -> list[jax.Array]:
+        by_name = structure.hidden_features(hidden, inputs)
+        return [by_name[group[0]] for group in layout.hidden_groups]
+
+    values, pull_features = jax.vjp(features, hidden)
+    bars = []
+    for group, kernel, value in zip(layout.hidden_groups, weights.hidden, values, strict=True):
+        delta = jnp.concatenate([deltas[name] for name in group], axis=-1)
+        bars.append(matrix_on_the_left(kernel, delta).astype(value.dtype))
+    (hidden_bar,) = pull_features(bars)
+    return hidden_bar
+
+
+def matrix_on_the_left(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """``M a`` for every a of `vectors`: (outputs, features) and (..., features) to (..., outputs).
+
+    The same as ``vectors @ matrix.T``, which XLA on a CPU computes 1.3 to 1.9 times as slowly for 2 to 64
+    vectors and a large matrix: it is fast where the matrix stands on the left. The first barrier keeps it
+    there, since the compiler rewrites (M aᵀ)ᵀ as a Mᵀ; the second makes all that read the result share one
+    transposition (measured: `benchmarks/speed`).
+    """
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    product = jax.lax.optimization_barrier(matrix @ rows.T)
+    return jax.lax.optimization_barrier(product.T).reshape(*vectors.shape[:-1], matrix.shape[0])
 
 
 def weight_cotangents(
@@ -325,6 +368,12 @@ def _layer_hiddens(
     return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)
 
 
+def _turning_pays(structure: Structure, weights: Weights, hidden: PyTree, inputs: PyTree) -> bool:
+    size = sum(kernel.size for kernel in weights.hidden)
+    long = num_time_steps(inputs) >= STEPS_TO_TURN
+    return long and size >= SIZE_TO_TURN and num_rows(structure, hidden, inputs)[0] >= ROWS_TO_TURN
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _scan_hiddens(
     structure: Structure,
@@ -348,6 +397,9 @@ def _scan_forward(
     edges: jax.Array | None,
 ) -> tuple[PyTree, Any]:
     projected = project_inputs(structure, layout, weights, inputs) if layout.project_first else {}
+    if _turning_pays(structure, weights, hidden, inputs):
+        turned = jax.lax.optimization_barrier(tuple(kernel.T for kernel in weights.hidden))
+        weights = weights._replace(turned=turned)
 
     def step(before: PyTree, xs: Any) -> tuple[PyTree, Any]:
         inputs_t, projected_t = xs
@@ -358,7 +410,7 @@ def _scan_forward(
     # hₜ₋₁ is what the way back reads; of hₜ only the leaves that the loss reads are ever copied together.
     hiddens = jax.tree.map(lambda rows, row: jnp.concatenate([rows[1:], row[None]]), before, last)
     input_only = {name: projected[name] for name in layout.names if name not in layout.saved}
-    return hiddens, (weights, inputs, edges, before, saved, input_only)
+    return hiddens, (weights._replace(turned=()), inputs, edges, before, saved, input_only)
 
 
 def _scan_backward(
