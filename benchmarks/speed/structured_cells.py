@@ -25,7 +25,8 @@ from harness import Effort, Target, compare, compile_program, main
 
 import jtrunc
 from jtrunc import adapters, cells
-from jtrunc.backward.two_phase import ROWS_TO_TURN, matrix_on_the_left
+from jtrunc.backward.thresholds import ROWS_TO_TURN
+from jtrunc.backward.two_phase import matrix_on_the_left
 
 STEPS, FEATURES, CLASSES, RATE = 50, 64, 50, 1e-2
 
@@ -119,7 +120,7 @@ def floor_update(case: Case) -> Update:
         projected = _gate_sum(x @ input_kernel, gates)
 
         def forward(hidden: jax.Array, projected: jax.Array) -> tuple[jax.Array, jax.Array]:
-            left = case.batch >= ROWS_TO_TURN
+            left = case.batch in ROWS_TO_TURN
             values = matrix_on_the_left(turned, hidden) if left else hidden @ kernel
             hidden = _gate_sum(values, gates) + projected
             return hidden, hidden

@@ -15,34 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtrunc.backward.thresholds import ROWS_TO_PROJECT_INSIDE, first_step, num_rows, turning_pays
 from jtrunc.base import PyTree
 from jtrunc.devices import anchor, vary
 from jtrunc.structure import Stack, Structure, add_bias, project
 from jtrunc.trees import (
     cotangent_tree,
-    is_inexact,
     no_cotangent,
-    num_time_steps,
     partition_inexact,
     weighted_cotangent,
 )
 
 Named = dict[str, jax.Array]
-
-ROWS_PER_WIDTH = 4
-"""The two-phase pass is taken while rows × this ≤ width (measured: `benchmarks/speed`)."""
-
-LIGHT_PASS = 1 << 15
-"""So few multiplications in a step that it costs by its number of operations: the two-phase pass has fewer,
-since losses and products with inputs wait until after the scan (measured: `benchmarks/speed`)."""
-
-ROWS_TO_TURN, SIZE_TO_TURN, STEPS_TO_TURN = 8, 1 << 19, 20
-"""From so many rows, numbers in the kernels, and steps on, the forward products gain more from kernels on the
-left than it costs to transpose them once (measured: `benchmarks/speed`)."""
-
-ROWS_TO_PROJECT_INSIDE = 32
-"""From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
-projections no longer fits the caches."""
 
 
 class Layout(NamedTuple):
@@ -290,49 +274,6 @@ def _members(groups: tuple[tuple[str, ...], ...]) -> list[str]:
     return [name for group in groups for name in group]
 
 
-def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree) -> bool:
-    """Whether the two-phase pass is possible and faster: few rows beside the width; decided from shapes.
-
-    With R rows (batch) and width n, the plain pass spends R n² flops a step on dW and moves n² numbers for
-    it, so it loses where R is small; from R ≈ n/4 on both are bound by the same products, if these are large
-    enough to matter at all.
-    """
-    if structure is None or not all(is_inexact(leaf) for leaf in jax.tree.leaves(hidden)):
-        return False
-    layer = structure
-    if isinstance(structure, Stack):
-        layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
-    rows, width = num_rows(layer, hidden, inputs)
-    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width or rows * _kernel_size(layer, theta) <= LIGHT_PASS
-    return width > 0 and few_rows and _equal_rows(layer, hidden, inputs)
-
-
-def _kernel_size(structure: Structure, theta: PyTree) -> int:
-    """Multiplications of one row with all kernels that read the hidden state."""
-    affine = jax.eval_shape(structure.affine, theta)
-    return sum(weights.hidden_kernel.size for weights in affine.values() if weights.hidden_kernel is not None)
-
-
-def _equal_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> bool:
-    """Whether all features have the same leading axes: maps that broadcast take the plain pass."""
-    inputs_t = _first_step(inputs)
-    of_hidden = jax.eval_shape(structure.hidden_features, hidden, inputs_t)
-    of_inputs = jax.eval_shape(structure.input_features, inputs_t)
-    features = [*of_hidden.values(), *of_inputs.values()]
-    return len({f.shape if jnp.issubdtype(f.dtype, jnp.integer) else f.shape[:-1] for f in features}) == 1
-
-
-def num_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> tuple[int, int]:
-    """Rows and width of the widest hidden features; width 0 where there are none."""
-    features = jax.eval_shape(structure.hidden_features, hidden, _first_step(inputs))
-    widest = max(features.values(), key=lambda feature: feature.shape[-1], default=None)
-    return (0, 0) if widest is None else (widest.size // widest.shape[-1], widest.shape[-1])
-
-
-def _first_step(inputs: PyTree) -> PyTree:
-    return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
-
-
 def structured_hiddens(
     structure: Structure | Stack, theta: PyTree, hidden: PyTree, inputs: PyTree, edges: jax.Array | None
 ) -> PyTree:
@@ -358,7 +299,7 @@ def _layer_hiddens(
     inputs: PyTree,
     edges: jax.Array | None,
 ) -> PyTree:
-    layout = layout_of(structure, theta, hidden, _first_step(inputs))
+    layout = layout_of(structure, theta, hidden, first_step(inputs))
     # A layer without hidden kernels has no preactivation to save unless its inputs are projected inside.
     if not layout.hidden_groups or num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
         layout = layout._replace(project_first=False)
@@ -366,12 +307,6 @@ def _layer_hiddens(
     # Here, where the transpose sums over devices: inside, the cotangents vary as hidden state and inputs do.
     weights, hidden = vary((weights, hidden), anchor(weights, hidden, inputs))
     return _scan_hiddens(structure, layout, inputs_flow, weights, hidden, inputs, edges)
-
-
-def _turning_pays(structure: Structure, weights: Weights, hidden: PyTree, inputs: PyTree) -> bool:
-    size = sum(kernel.size for kernel in weights.hidden)
-    long = num_time_steps(inputs) >= STEPS_TO_TURN
-    return long and size >= SIZE_TO_TURN and num_rows(structure, hidden, inputs)[0] >= ROWS_TO_TURN
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -397,7 +332,7 @@ def _scan_forward(
     edges: jax.Array | None,
 ) -> tuple[PyTree, Any]:
     projected = project_inputs(structure, layout, weights, inputs) if layout.project_first else {}
-    if _turning_pays(structure, weights, hidden, inputs):
+    if turning_pays(structure, weights.hidden, hidden, inputs):
         turned = jax.lax.optimization_barrier(tuple(kernel.T for kernel in weights.hidden))
         weights = weights._replace(turned=turned)
 
