@@ -137,8 +137,15 @@ def picture(found: Sequence[Finding]) -> Figure:
     figure = Figure(figsize=(9.5 * len(columns), height), layout="constrained")
     missed = sum(finding.verdict != "met" for finding in found)
     figure.suptitle(f"What is asked of jtrunc's speed and memory: {len(found)} targets, {missed} missed")
+    shares = [f.share(value) for f in found for value in (f.value.median, f.floor) if value is not None]
+    limits = min([*shares, 0.5]) / 1.3, max([*shares, 1.0]) * 1.3
+    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if limits[0] < tick < limits[1]]
     for place, column in enumerate(columns, start=1):
-        _draw(figure.add_subplot(1, len(columns), place), column)
+        axes = figure.add_subplot(1, len(columns), place)
+        _draw(axes, column)
+        axes.set_xlim(limits)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     return figure
 
 
@@ -158,14 +165,12 @@ def _draw(axes: Axes, found: Sequence[Finding]) -> None:
         [*floors.values()], [*floors], "D", color="black", fillstyle="none", markersize=5, label="floor"
     )
     axes.set_xscale("log")
-    every = [*shares, *floors.values(), 1.0]
-    axes.set_xlim(min(every) / 1.3, max(every) * 1.3)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlabel("measured / target (left of the line: met)")
     rows = range(len(found))
     axes.set_yticks(rows, [f"{f.question}: {f.case}: {f.contestant}" for f in found], fontsize=7)
     values = axes.secondary_yaxis("right")
-    values.set_yticks(rows, [f"{f.value.median:.2g} {f.target}" for f in found], fontsize=7)
+    values.set_yticks(rows, [f"{f.value.median:.3g} ({f.target})" for f in found], fontsize=7)
     for row in range(1, len(found)):
         if found[row].question != found[row - 1].question:
             axes.axhline(row - 0.5, color="grey", linewidth=0.5)
