@@ -3,7 +3,7 @@
 #   make test       lint, types, all tests, notebooks
 #   make test-fast  the tests without those marked slow and without the examples of the docstrings
 #   make lint       ruff and pyright
-#   make benchmark  the speed tables (long)
+#   make benchmark  the speed tables, a report and a picture of all targets (long)
 
 .PHONY: demo test test-fast lint benchmark
 .DEFAULT_GOAL := demo

@@ -24,7 +24,9 @@ def load(name: str) -> Any:
     return module
 
 
-harness, run_all = load("harness"), load("run_all")
+sys.path.insert(0, str(FOLDER))  # the report imports its neighbours by name, as scripts do
+harness, run_all, report = load("harness"), load("run_all"), load("report")
+sys.path.remove(str(FOLDER))
 
 
 class Clock:
@@ -110,8 +112,67 @@ def test_only_keeps_the_cases_named_so(monkeypatch, tmp_path, capsys):
     assert "no such case among n=20, n=200, n=64" in capsys.readouterr().err
 
 
+def record(question: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    where = {"jax": "0", "device": "cpu", "processor": "p", "cores": 1, "system": "s"}
+    return {"question": question, "quick": False, "clock": "wall", **where, "rows": rows}
+
+
+def judged_row(case: str, contestant: str, ratio: float | None, target: str | None) -> dict[str, Any]:
+    spread = None if ratio is None else {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
+    row = {"case": case, "contestant": contestant, "ratio": spread, "target": target, "verdict": None}
+    if target is not None and ratio is not None:
+        limit = harness.Target(float(target.split()[1]), target.startswith("≥"))
+        row["verdict"] = limit.verdict(ratio)
+    return row
+
+
+def test_report_finds_targets_with_their_values_and_floors():
+    rows = [
+        judged_row("a", "plain", None, None),
+        judged_row("a", "ours", 0.5, "≤ 0.8"),
+        judged_row("a", "GEMM floor", 0.4, None),
+        judged_row("b", "theirs", 4.0, "≥ 5"),
+        {"case": "c", "contestant": "ours", "compile s": 2.0, "target": "≤ 1.5", "verdict": "MISSED"},
+    ]
+    memory = {"memory target": "≤ 0.05", "memory verdict": "met", "share of memory": 0.02}
+    rows[1] |= memory
+    found = report.findings(record("rtrl", rows))
+    assert [(f.contestant, f.value.median, f.target, f.verdict, f.floor) for f in found] == [
+        ("ours", 0.5, "≤ 0.8", "met", 0.4),
+        ("ours (memory)", 0.02, "≤ 0.05", "met", None),
+        ("theirs", 4.0, "≥ 5", "MISSED", None),
+        ("ours", 2.0, "≤ 1.5", "MISSED", None),
+    ]
+    shares = [f.share(f.value.median) for f in found]
+    assert shares == pytest.approx([0.625, 0.4, 1.25, 4 / 3])  # more than one exactly where it is missed
+
+
+def test_a_floor_that_is_the_baseline_is_one():
+    rows = [judged_row("a", "D·J", None, None), judged_row("a", "rtrl", 0.5, "≤ 1.2")]
+    assert [f.floor for f in report.findings(record("rtrl", rows))] == [1.0]
+
+
+def test_report_writes_one_table_and_one_picture(tmp_path):
+    rows = [judged_row("a", "ours", 0.5 + 0.1 * i, "≤ 0.8") for i in range(30)]
+    peer = harness.not_installed("a", "PyTorch nn.LSTM")
+    for question, its_rows in (("rtrl", rows), ("peers", [peer])):
+        text = json.dumps(record(question, its_rows))
+        (tmp_path / f"{question}.json").write_text(text, encoding="utf-8")
+    markdown, image = report.write(tmp_path)
+    text = markdown.read_text(encoding="utf-8")
+    assert "30 targets, 26 missed." in text
+    assert "- peers: PyTorch nn.LSTM (a) was not installed" in text
+    assert "## peers" in text and text.index("## rtrl") < text.index("## peers")
+    assert image.stat().st_size > 10_000
+
+
+def test_report_of_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="has no results"):
+        report.write(tmp_path)
+
+
 def test_run_all_asks_every_question():
-    helpers = {"harness", "pinning", "run_all"}
+    helpers = {"harness", "pinning", "pytorch", "report", "run_all"}
     assert set(run_all.QUESTIONS) == {path.stem for path in FOLDER.glob("*.py")} - helpers
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jtrunc
 from jtrunc import cells
+from jtrunc.backward import thresholds, two_phase
 from tests import reference, systems
 from tests.compare import add, assert_close, differ
 from tests.systems import Case
@@ -173,6 +174,26 @@ def test_without_the_declared_structure_nothing_changes(cell):
     for make in (jtrunc.bptt, partial(jtrunc.truncated_bptt, length=4)):
         declared, generic = estimate(make(case.system), case), estimate(make(plain.system), plain)
         assert_close(declared, generic, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["tanh", "lstm", "gru"])
+def test_kernels_turned_for_the_forward_pass_change_nothing(cell, monkeypatch):
+    """As for wide layers and some tens of rows; the turned kernels are there, or the test proves nothing."""
+    case = first(cell_case(cell, batch=(3,)), 9)
+    expected = estimate(jtrunc.bptt(case.system), case)
+    monkeypatch.setattr(thresholds, "ROWS_TO_TURN", range(2, 9))
+    monkeypatch.setattr(thresholds, "SIZE_TO_TURN", 1)
+    monkeypatch.setattr(thresholds, "STEPS_TO_TURN", 2)
+    turned: list[int] = []
+    product = two_phase.project_hidden
+
+    def spy(structure: Any, layout: Any, weights: Any, *rest: Any) -> Any:
+        turned.append(len(weights.turned))
+        return product(structure, layout, weights, *rest)
+
+    monkeypatch.setattr(two_phase, "project_hidden", spy)
+    assert_close(estimate(jtrunc.bptt(case.system), case), expected, rtol=1e-12)
+    assert max(turned) > 0
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 import jtrunc
 from jtrunc import targets
-from jtrunc.backward.two_phase import two_phase_pays
+from jtrunc.backward.thresholds import two_phase_pays
 from tests import reference, systems, target_reference
 from tests.compare import assert_close, differ
 from tests.reference import from_vector, to_vector

@@ -25,7 +25,7 @@ from jtrunc import cells
 from jtrunc.tasks import copying
 
 SHARE = Target(0.05)
-NEVER = 2**30
+NEVER, RATE = 2**30, 1e-3
 
 
 class Case(NamedTuple):
@@ -70,7 +70,7 @@ def updates_over(estimator: jtrunc.GradientEstimator, window: int, updates: int)
             params, state, cursor = carry
             inputs = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, cursor, window), data)
             estimate, state = estimator.update(params, state, inputs)
-            params = jax.tree.map(lambda param, grad: param - 1e-3 * grad, params, estimate.grads)
+            params = jax.tree.map(lambda param, grad: param - RATE * grad, params, estimate.grads)
             return (params, state, cursor + estimate.num_steps), None
 
         return jax.lax.scan(update, (params, state, jnp.int32(0)), length=updates)[0]

@@ -9,6 +9,8 @@ rounds.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -180,6 +182,16 @@ def judged(value: float, target: Target | None) -> dict[str, Any]:
         return {"target": None, "verdict": None}
     sign = "≥" if target.at_least else "≤"
     return {"target": f"{sign} {target.limit:g}", "verdict": target.verdict(value)}
+
+
+def optional(name: str) -> Any:
+    """A peer's package, or None where it is not installed."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def not_installed(case: str, contestant: str) -> dict[str, Any]:
+    """The row of a peer that is not there."""
+    return {"case": case, "contestant": contestant, "ratio": None, "target": None, "verdict": "not installed"}
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

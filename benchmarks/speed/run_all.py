@@ -1,4 +1,7 @@
-"""Every question of this folder, each in its own process: python benchmarks/speed/run_all.py [--quick]."""
+"""Every question of this folder, each in its own process: python benchmarks/speed/run_all.py [--quick].
+
+Then the report of them all (`report.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,18 @@ QUESTIONS = (
     "rank_one_memory",
     "target_blocks",
     "seeds",
+    "peers",
+    "adaptive_peers",
+    "online_peers",
 )
 
 
 def main() -> int:
     """Run all with the options given here; the first that fails ends it."""
     folder = Path(__file__).parent
-    for question in QUESTIONS:
-        print(f"== {question}", flush=True)
-        done = subprocess.run([sys.executable, str(folder / f"{question}.py"), *sys.argv[1:]], check=False)
+    for name in (*QUESTIONS, "report"):
+        print(f"== {name}", flush=True)
+        done = subprocess.run([sys.executable, str(folder / f"{name}.py"), *sys.argv[1:]], check=False)
         if done.returncode:
             return done.returncode
     return 0

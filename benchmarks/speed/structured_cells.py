@@ -1,7 +1,8 @@
 """Gradient and SGD step of structured cells, against jax.grad through flax's own scan of the same cell.
 
 The same cell, readout, loss and windows of 50 steps for all; "GEMM floor" is the matrix products alone, in
-the order in which they depend on each other: what no arrangement of the elementwise rest could beat.
+the order in which they depend on each other, each in the fastest form that is known here: what no arrangement
+of the elementwise rest could beat.
 Cases with more than one update run them in sequence inside one program, as online training does.
 """
 
@@ -24,6 +25,8 @@ from harness import Effort, Target, compare, compile_program, main
 
 import jtrunc
 from jtrunc import adapters, cells
+from jtrunc.backward.thresholds import ROWS_TO_TURN
+from jtrunc.backward.two_phase import matrix_on_the_left
 
 STEPS, FEATURES, CLASSES, RATE = 50, 64, 50, 1e-2
 
@@ -113,15 +116,18 @@ def floor_update(case: Case) -> Update:
     def update(weights: Any, hidden: jax.Array, window: Any) -> tuple[Any, jax.Array]:
         x, _ = window
         kernel, input_kernel, readout = weights
+        turned = jax.lax.optimization_barrier(kernel.T)
         projected = _gate_sum(x @ input_kernel, gates)
 
         def forward(hidden: jax.Array, projected: jax.Array) -> tuple[jax.Array, jax.Array]:
-            hidden = _gate_sum(hidden @ kernel, gates) + projected
+            left = case.batch in ROWS_TO_TURN
+            values = matrix_on_the_left(turned, hidden) if left else hidden @ kernel
+            hidden = _gate_sum(values, gates) + projected
             return hidden, hidden
 
         def backward(cotangent: jax.Array, from_loss: jax.Array) -> tuple[jax.Array, jax.Array]:
             delta = jnp.concatenate([cotangent + from_loss] * gates, axis=-1)
-            return delta @ kernel.T, delta
+            return matrix_on_the_left(kernel, delta), delta
 
         last, hiddens = jax.lax.scan(forward, hidden, projected)
         logits = hiddens @ readout
@@ -140,8 +146,8 @@ def _over_time(left: jax.Array, right: jax.Array) -> jax.Array:
     return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
 
 
-def in_sequence(update: Update, case: Case) -> Update:
-    """One update, or all of a case's windows in one program."""
+def in_sequence(update: Update, updates: int) -> Update:
+    """One update, or all of so many windows in one program."""
 
     def run(params: Any, state: Any, windows: Any) -> tuple[Any, Any]:
         def step(carry: tuple[Any, Any], window: Any) -> tuple[Any, None]:
@@ -152,7 +158,7 @@ def in_sequence(update: Update, case: Case) -> Update:
     def run_one(params: Any, state: Any, windows: Any) -> tuple[Any, Any]:
         return update(params, state, jax.tree.map(lambda leaf: leaf[0], windows))
 
-    return run if case.updates > 1 else run_one
+    return run if updates > 1 else run_one
 
 
 def measure_case(case: Case, effort: Effort) -> list[dict[str, Any]]:
@@ -178,7 +184,7 @@ def measure_case(case: Case, effort: Effort) -> list[dict[str, Any]]:
         "GEMM floor": (floor_update(case), weights, start),
     }
     programs = {
-        name: compile_program(in_sequence(update, case), *arguments, windows)
+        name: compile_program(in_sequence(update, case.updates), *arguments, windows)
         for name, (update, *arguments) in contestants.items()
     }
     plain, adapted_name, own_name, _ = programs

@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jtrunc.backward.thresholds import num_rows, two_phase_pays
 from jtrunc.backward.two_phase import (
     backward_step,
     forward_step,
     fuse,
     layout_of,
-    num_rows,
     project_inputs,
-    two_phase_pays,
     weight_cotangents,
 )
 from jtrunc.backward.window import Chunk, Parts

@@ -15,29 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtrunc.backward.thresholds import ROWS_TO_PROJECT_INSIDE, first_step, num_rows, turning_pays
 from jtrunc.base import PyTree
 from jtrunc.devices import anchor, vary
 from jtrunc.structure import Stack, Structure, add_bias, project
 from jtrunc.trees import (
     cotangent_tree,
-    is_inexact,
     no_cotangent,
     partition_inexact,
     weighted_cotangent,
 )
 
 Named = dict[str, jax.Array]
-
-ROWS_PER_WIDTH = 4
-"""The two-phase pass is taken while rows × this ≤ width (measured: `benchmarks/speed`)."""
-
-LIGHT_PASS = 1 << 15
-"""So few multiplications in a step that it costs by its number of operations: the two-phase pass has fewer,
-since losses and products with inputs wait until after the scan (measured: `benchmarks/speed`)."""
-
-ROWS_TO_PROJECT_INSIDE = 32
-"""From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
-projections no longer fits the caches."""
 
 
 class Layout(NamedTuple):
@@ -76,12 +65,16 @@ class Layout(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """One fused kernel for each group of the layout, the biases by name, and the elementwise parameters."""
+    """One fused kernel for each group of the layout, the biases by name, and the elementwise parameters.
+
+    `turned` are the hidden kernels transposed, for a forward pass that is faster with them on the left.
+    """
 
     hidden: tuple[jax.Array, ...]
     input: tuple[jax.Array, ...]
     biases: Named
     elementwise: PyTree
+    turned: tuple[jax.Array, ...] = ()
 
 
 def layout_of(structure: Structure, theta: PyTree, hidden: PyTree, inputs: PyTree) -> Layout:
@@ -149,7 +142,13 @@ def project_hidden(
     structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree
 ) -> Named:
     """What the maps add from the hidden state, for one step: ``a(h, x) W``."""
-    return _products(layout, layout.hidden_groups, weights.hidden, structure.hidden_features(hidden, inputs))
+    features = structure.hidden_features(hidden, inputs)
+    if not weights.turned:
+        return _products(layout, layout.hidden_groups, weights.hidden, features)
+    values: Named = {}
+    for group, kernel in zip(layout.hidden_groups, weights.turned, strict=True):
+        values |= layout.split(matrix_on_the_left(kernel, features[group[0]]), group)
+    return values
 
 
 def forward_step(
@@ -201,13 +200,41 @@ def backward_step(
 
     _, pull_combine = jax.vjp(combine, weights.elementwise, hidden, input_leaves, preactivations)
     elementwise_bar, hidden_bar, inputs_bar, deltas = pull_combine(cotangent)
-    _, pull_products = jax.vjp(
-        lambda hidden: project_hidden(structure, layout, weights, hidden, inputs), hidden
-    )
-    (through_products,) = pull_products({name: deltas[name] for name in _members(layout.hidden_groups)})
+    through_products = _pull_hidden(structure, layout, weights, hidden, inputs, deltas)
     hidden_bar = jax.tree.map(jnp.add, hidden_bar, through_products)
     delta = jnp.concatenate([deltas[name] for name in layout.names], axis=-1)
     return StepCotangents(delta, hidden_bar, elementwise_bar, inputs_bar)
+
+
+def _pull_hidden(
+    structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree, deltas: Named
+) -> PyTree:
+    """The cotangent of hₜ₋₁ through the products alone: δ Wᵀ, then back through the features."""
+
+    def features(hidden: PyTree) -> list[jax.Array]:
+        by_name = structure.hidden_features(hidden, inputs)
+        return [by_name[group[0]] for group in layout.hidden_groups]
+
+    values, pull_features = jax.vjp(features, hidden)
+    bars = []
+    for group, kernel, value in zip(layout.hidden_groups, weights.hidden, values, strict=True):
+        delta = jnp.concatenate([deltas[name] for name in group], axis=-1)
+        bars.append(matrix_on_the_left(kernel, delta).astype(value.dtype))
+    (hidden_bar,) = pull_features(bars)
+    return hidden_bar
+
+
+def matrix_on_the_left(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+    """``M a`` for every a of `vectors`: (outputs, features) and (..., features) to (..., outputs).
+
+    The same as ``vectors @ matrix.T``, which XLA on a CPU computes 1.3 to 1.9 times as slowly for 2 to 64
+    vectors and a large matrix: it is fast where the matrix stands on the left. The first barrier keeps it
+    there, since the compiler rewrites (M aᵀ)ᵀ as a Mᵀ; the second makes all that read the result share one
+    transposition (measured: `benchmarks/speed`).
+    """
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    product = jax.lax.optimization_barrier(matrix @ rows.T)
+    return jax.lax.optimization_barrier(product.T).reshape(*vectors.shape[:-1], matrix.shape[0])
 
 
 def weight_cotangents(
@@ -247,49 +274,6 @@ def _members(groups: tuple[tuple[str, ...], ...]) -> list[str]:
     return [name for group in groups for name in group]
 
 
-def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree) -> bool:
-    """Whether the two-phase pass is possible and faster: few rows beside the width; decided from shapes.
-
-    With R rows (batch) and width n, the plain pass spends R n² flops a step on dW and moves n² numbers for
-    it, so it loses where R is small; from R ≈ n/4 on both are bound by the same products, if these are large
-    enough to matter at all.
-    """
-    if structure is None or not all(is_inexact(leaf) for leaf in jax.tree.leaves(hidden)):
-        return False
-    layer = structure
-    if isinstance(structure, Stack):
-        layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
-    rows, width = num_rows(layer, hidden, inputs)
-    few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width or rows * _kernel_size(layer, theta) <= LIGHT_PASS
-    return width > 0 and few_rows and _equal_rows(layer, hidden, inputs)
-
-
-def _kernel_size(structure: Structure, theta: PyTree) -> int:
-    """Multiplications of one row with all kernels that read the hidden state."""
-    affine = jax.eval_shape(structure.affine, theta)
-    return sum(weights.hidden_kernel.size for weights in affine.values() if weights.hidden_kernel is not None)
-
-
-def _equal_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> bool:
-    """Whether all features have the same leading axes: maps that broadcast take the plain pass."""
-    inputs_t = _first_step(inputs)
-    of_hidden = jax.eval_shape(structure.hidden_features, hidden, inputs_t)
-    of_inputs = jax.eval_shape(structure.input_features, inputs_t)
-    features = [*of_hidden.values(), *of_inputs.values()]
-    return len({f.shape if jnp.issubdtype(f.dtype, jnp.integer) else f.shape[:-1] for f in features}) == 1
-
-
-def num_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> tuple[int, int]:
-    """Rows and width of the widest hidden features; width 0 where there are none."""
-    features = jax.eval_shape(structure.hidden_features, hidden, _first_step(inputs))
-    widest = max(features.values(), key=lambda feature: feature.shape[-1], default=None)
-    return (0, 0) if widest is None else (widest.size // widest.shape[-1], widest.shape[-1])
-
-
-def _first_step(inputs: PyTree) -> PyTree:
-    return jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
-
-
 def structured_hiddens(
     structure: Structure | Stack, theta: PyTree, hidden: PyTree, inputs: PyTree, edges: jax.Array | None
 ) -> PyTree:
@@ -315,7 +299,7 @@ def _layer_hiddens(
     inputs: PyTree,
     edges: jax.Array | None,
 ) -> PyTree:
-    layout = layout_of(structure, theta, hidden, _first_step(inputs))
+    layout = layout_of(structure, theta, hidden, first_step(inputs))
     # A layer without hidden kernels has no preactivation to save unless its inputs are projected inside.
     if not layout.hidden_groups or num_rows(structure, hidden, inputs)[0] >= ROWS_TO_PROJECT_INSIDE:
         layout = layout._replace(project_first=False)
@@ -348,6 +332,9 @@ def _scan_forward(
     edges: jax.Array | None,
 ) -> tuple[PyTree, Any]:
     projected = project_inputs(structure, layout, weights, inputs) if layout.project_first else {}
+    if turning_pays(structure, weights.hidden, hidden, inputs):
+        turned = jax.lax.optimization_barrier(tuple(kernel.T for kernel in weights.hidden))
+        weights = weights._replace(turned=turned)
 
     def step(before: PyTree, xs: Any) -> tuple[PyTree, Any]:
         inputs_t, projected_t = xs
@@ -358,7 +345,7 @@ def _scan_forward(
     # hₜ₋₁ is what the way back reads; of hₜ only the leaves that the loss reads are ever copied together.
     hiddens = jax.tree.map(lambda rows, row: jnp.concatenate([rows[1:], row[None]]), before, last)
     input_only = {name: projected[name] for name in layout.names if name not in layout.saved}
-    return hiddens, (weights, inputs, edges, before, saved, input_only)
+    return hiddens, (weights._replace(turned=()), inputs, edges, before, saved, input_only)
 
 
 def _scan_backward(

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtrunc.backward.two_phase import structured_hiddens, two_phase_pays
+from jtrunc.backward.thresholds import two_phase_pays
+from jtrunc.backward.two_phase import structured_hiddens
 from jtrunc.base import Params, PyTree, System
 from jtrunc.checks import check_step
 from jtrunc.trees import (
