@@ -126,8 +126,7 @@ def plan(
       >>> from jtrunc import cells
       >>> model = cells.model(cells.tanh(4, 64), 4, cells.softmax_cross_entropy)
       >>> params = jax.eval_shape(model.init, jax.random.key(0))
-      >>> inputs = (jnp.zeros((16, 4)), jnp.zeros(16, jnp.int32))
-      >>> law = jtrunc.truncation.constant(0.2)
+      >>> inputs = (jnp.zeros((16, 4), jnp.float32), jnp.zeros(16, jnp.int32))
       >>> found = plan(model.system, params, model.initial_hidden(), inputs, {
       ...     "rtrl": jtrunc.rtrl, "nobacktrack": jtrunc.nobacktrack, "bptt": jtrunc.bptt,
       ... }, memory_limit=1_000_000)
