@@ -177,15 +177,24 @@ def test_without_the_declared_structure_nothing_changes(cell):
 
 
 @pytest.mark.parametrize("cell", ["tanh", "lstm", "gru"])
-def test_kernels_turned_for_the_forward_pass_change_nothing(cell, monkeypatch):
-    """As for wide layers and some tens of rows; the turned kernels are there, or the test proves nothing."""
+def test_kernels_on_the_left_change_nothing(cell, monkeypatch):
+    """As for wide layers and some tens of rows, both ways; they are there, or the test proves nothing."""
     case = first(cell_case(cell, batch=(3,)), 9)
     expected = estimate(jtrunc.bptt(case.system), case)
     monkeypatch.setattr(thresholds, "ROWS_TO_TURN", range(2, 9))
     monkeypatch.setattr(thresholds, "SIZE_TO_TURN", 1)
     monkeypatch.setattr(thresholds, "STEPS_TO_TURN", 2)
+    monkeypatch.setattr(thresholds, "SIZE_ON_THE_LEFT", 1)
     turned: list[int] = []
     product = two_phase.project_hidden
+    left: list[int] = []
+    on_the_left = two_phase.matrix_on_the_left
+
+    def count(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
+        left.append(matrix.shape[0])
+        return on_the_left(matrix, vectors)
+
+    monkeypatch.setattr(two_phase, "matrix_on_the_left", count)
 
     def spy(structure: Any, layout: Any, weights: Any, *rest: Any) -> Any:
         turned.append(len(weights.turned))
@@ -194,6 +203,7 @@ def test_kernels_turned_for_the_forward_pass_change_nothing(cell, monkeypatch):
     monkeypatch.setattr(two_phase, "project_hidden", spy)
     assert_close(estimate(jtrunc.bptt(case.system), case), expected, rtol=1e-12)
     assert max(turned) > 0
+    assert len(left) > sum(turned)  # those of the way out, and more on the way back
 
 
 @pytest.mark.slow

@@ -28,6 +28,10 @@ ROWS_TO_TURN, SIZE_TO_TURN, STEPS_TO_TURN = range(8, 33), 1 << 19, 20
 """For so many rows, and from so many numbers in the kernels and steps on, the forward products gain more from
 kernels on the left than it costs to transpose them once."""
 
+SIZE_ON_THE_LEFT = 1 << 15
+"""From so many numbers in a kernel on, δWᵀ is faster with the kernel on the left; below, the transposition of
+the result costs more than it gains (a tanh network of 20 units in 20 blocks: 0.25 instead of 0.23)."""
+
 ROWS_TO_PROJECT_INSIDE = 32
 """From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
 projections no longer fits the caches."""
@@ -86,3 +90,8 @@ def turning_pays(
     rows, _ = num_rows(structure, hidden, inputs)
     size = sum(kernel.size for kernel in kernels)
     return rows in ROWS_TO_TURN and size >= SIZE_TO_TURN and num_time_steps(inputs) >= STEPS_TO_TURN
+
+
+def left_pays(kernel: jax.Array) -> bool:
+    """Whether δWᵀ is faster with this kernel on the left."""
+    return kernel.size >= SIZE_ON_THE_LEFT

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtrunc.backward.thresholds import ROWS_TO_PROJECT_INSIDE, first_step, num_rows, turning_pays
+from jtrunc.backward.thresholds import (
+    ROWS_TO_PROJECT_INSIDE,
+    first_step,
+    left_pays,
+    num_rows,
+    turning_pays,
+)
 from jtrunc.base import PyTree
 from jtrunc.devices import anchor, vary
 from jtrunc.structure import Stack, Structure, add_bias, project
@@ -219,7 +225,8 @@ def _pull_hidden(
     bars = []
     for group, kernel, value in zip(layout.hidden_groups, weights.hidden, values, strict=True):
         delta = jnp.concatenate([deltas[name] for name in group], axis=-1)
-        bars.append(matrix_on_the_left(kernel, delta).astype(value.dtype))
+        pulled = matrix_on_the_left(kernel, delta) if left_pays(kernel) else delta @ kernel.T
+        bars.append(pulled.astype(value.dtype))
     (hidden_bar,) = pull_features(bars)
     return hidden_bar
 
