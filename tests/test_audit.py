@@ -188,6 +188,43 @@ def test_streams_and_estimators_that_need_a_structure():
     assert all(np.isinf(value) for value in result.findings["rtrl"].signal_to_noise.values())
 
 
+def test_chance_that_is_rare_is_drawn_all_the_same():
+    """Two passes seldom differ where a cut has a probability of 0.05 % a step, many do."""
+    case = systems.scalar(10)
+    rare = partial(jtrunc.artbp, truncation=truncation.constant(5e-4))
+    finding = audit(
+        *case, estimators={"rare": rare, "exact": jtrunc.rtrl}, key=jax.random.key(0), num_draws=3000,
+        confidence=SURE, timed=False,
+    ).findings  # fmt: skip
+    assert finding["rare"].num_draws == 3000 and finding["exact"].num_draws == 1
+    assert finding["rare"].noise > 0 and finding["rare"].bias.low == 0
+    assert finding["exact"].bias.value < 1e-12
+
+
+def test_parameters_of_no_size_are_parameters():
+    case = systems.scalar(5)
+    params = case.params._replace(readout={"scale": case.params.readout, "none": jnp.zeros((0, 2))})
+    system = case.system._replace(
+        loss=lambda params, h, x: case.system.loss(
+            jtrunc.Params(params.recurrent, params.readout["scale"]), h, x
+        )
+    )
+    given: dict[str, Any] = {"estimators": {"uoro": jtrunc.uoro}, "key": jax.random.key(0), "timed": False}
+    found = audit(system, params, case.hidden, case.inputs, num_draws=5, **given).findings["uoro"]
+    plain = audit(*case, num_draws=5, **given).findings["uoro"]
+    np.testing.assert_allclose([found.noise, found.bias.value], [plain.noise, plain.bias.value], rtol=1e-12)
+    assert np.isnan(found.signal_to_noise["readout/none"]) and found.noise > 0
+
+
+def test_a_system_that_learns_its_readout_alone():
+    system = jtrunc.System(lambda theta, h, x: 0.5 * h + x, lambda params, h, x: (params.readout * h, ()))
+    found = audit(
+        system, jtrunc.Params((), jnp.float64(1)), jnp.float64(0), jnp.ones(6),
+        {"nobacktrack": (jtrunc.nobacktrack, 2)}, key=jax.random.key(0), num_draws=3, timed=False,
+    ).findings["nobacktrack"]  # fmt: skip
+    assert found.num_draws == 1 and found.bias.value < 1e-12
+
+
 def test_statistics_of_errors_against_their_definitions(key):
     draws = np.asarray(jax.random.normal(key, (7, 3)) + 2.0)
     pairs = [draws[i] @ draws[j] for i in range(7) for j in range(7) if i != j]

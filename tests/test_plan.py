@@ -127,6 +127,19 @@ def test_operations_follow_the_steps_that_are_consumed():
     np.testing.assert_allclose(windowed.flops_per_step, 4 * full, rtol=0.05)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(jtrunc.uoro, memory=5),  # takes no 8 steps
+        partial(jtrunc.target_propagation, block_length=5, penalty=0.1),  # a block more, half full, for 8
+    ],
+)
+def test_operations_of_groups_and_blocks_are_those_of_the_whole_window(make):
+    """20 steps are written out, 100 are not."""
+    short, long = (tanh_cost(make, steps).flops_per_step for steps in (20, 100))
+    np.testing.assert_allclose(long, short, rtol=0.02)
+
+
 @pytest.mark.slow
 def test_depth():
     assert tanh_cost(jtrunc.bptt, 40).depth == 80

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtrunc.base import Params, PyTree, System
+from jtrunc.base import GradientEstimator, Params, PyTree, System
 from jtrunc.checks import check_count, check_key, check_size, check_step, check_system
 from jtrunc.diagnostics.arguments import check_fraction
 from jtrunc.diagnostics.cost import Cost
@@ -32,6 +32,7 @@ from jtrunc.diagnostics.passes import (
 )
 from jtrunc.diagnostics.plan import Claim, Make, claim_of, cost_of, with_windows
 from jtrunc.diagnostics.timing import seconds_per_step
+from jtrunc.trees import is_key
 
 
 class Lag(NamedTuple):
@@ -116,6 +117,10 @@ def audit(
     stay. The losses of the first steps do not count, so that the others have a past. What an estimate does to
     the gradient of `readout` counts too. g is computed by backpropagation through the whole stream: memory
     O(T). A random estimator is drawn `num_draws` times (one whose windows have known lengths, 32 at once).
+
+    A loss that does not count is 0 to the estimator, so those that measure losses (`adaptive_bptt`,
+    `adaptive_artbp`) would choose other windows than in training: audit them with ``warm_up=0``, or give them
+    an `initial_length` (`initial`) and an `estimate_every` beyond the stream; for `lags` always the latter.
 
     Estimators that average over their losses (`windowed_bptt`, `adaptive_bptt`) are to be made with
     ``average=False``: all others are sums.
@@ -252,10 +257,10 @@ def _finding(setting: _Setting, name: str, make: Make, window: int, key: jax.Arr
     _check_look_back(name, along, setting.warm_up)
     keys = jax.random.split(draws_key, setting.num_draws[0])
     first = jax.device_get(gradients(along, params, hidden, setting.scored, keys[:2]))
-    random = any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(first))
-    if random:
+    # Two draws may agree by chance, where cuts are rare: whatever keeps a key is drawn.
+    if _differ(first) or _keeps_a_key(along.estimator, params, hidden):
         first = jax.device_get(gradients(along, params, hidden, setting.scored, keys))
-    count = setting.num_draws[0] if random else 1
+    count = setting.num_draws[0] if _differ(first) else 1
     errors = jax.tree.map(
         lambda leaf, exact: np.asarray(leaf[:count], _wide(leaf)) - np.asarray(exact), first, setting.exact
     )
@@ -276,6 +281,16 @@ def _finding(setting: _Setting, name: str, make: Make, window: int, key: jax.Arr
         cost=cost_of(name, plain, params, hidden, setting.inputs, window),
         num_draws=count,
     )
+
+
+def _differ(draws: Params) -> bool:
+    return any((leaf != leaf[:1]).any() for leaf in jax.tree.leaves(draws))
+
+
+def _keeps_a_key(estimator: GradientEstimator, params: Params, hidden: PyTree) -> bool:
+    """Whether its state has keys beside those of the hidden state, which every draw shares."""
+    state = jax.eval_shape(lambda: estimator.init(params, hidden, jax.random.key(0)))
+    return sum(map(is_key, jax.tree.leaves(state))) > sum(map(is_key, jax.tree.leaves(hidden)))
 
 
 def _check_look_back(name: str, along: Pass, warm_up: int) -> None:

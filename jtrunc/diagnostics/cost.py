@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,11 @@ from jtrunc.checks import check_inputs, check_params
 from jtrunc.probe import static_num_steps
 from jtrunc.trees import is_key, num_time_steps
 
-_SHORT, _LONG = 8, 16
-"""Steps of the unrolled programs whose operations are counted; longer windows follow from both."""
+_UNROLLED, _IRREGULAR = 16, 128
+"""Windows up to so many steps are written out to count their operations; and those that follow no rule."""
+
+_SHORTEST, _LONGEST = 8, 64
+"""How many steps apart the lengths are from which longer windows follow."""
 
 
 class Cost(NamedTuple):
@@ -49,8 +53,9 @@ def cost(estimator: GradientEstimator, params: Params, hidden: PyTree, inputs: P
 
     Bytes are the compiler's own plan (`memory_analysis`). Operations are counted in a program whose loops are
     written out, because the compiler's count takes the body of a loop once; windows beyond 16 steps follow
-    from the difference of 8 and 16. They are those of the algorithm as jtrunc writes it: what the compiler
-    computes twice to save memory does not count.
+    from shorter ones, a distance of 8 steps or more apart at which the count grows evenly. What an estimator
+    does once for each of its blocks is missed where these are longer than all of them. Operations are those
+    of the algorithm as jtrunc writes it: what the compiler computes twice to save memory does not count.
 
     Args:
       estimator: any; a random one gets a key of its own.
@@ -118,10 +123,28 @@ def _flops_per_step(
     estimator: GradientEstimator, params: Params, state: Any, inputs: PyTree, num_steps: int
 ) -> float:
     window = num_time_steps(inputs)
-    if window <= _LONG:
-        return _unrolled_flops(estimator, params, state, inputs, window) / num_steps
-    short, long = (_unrolled_flops(estimator, params, state, inputs, steps) for steps in (_SHORT, _LONG))
-    return (long + (window - _LONG) * (long - short) / (_LONG - _SHORT)) / num_steps
+    count = partial(_unrolled_flops, estimator, params, state, inputs)
+    found = None
+    for apart in _distances(window):
+        lengths = [window % apart + apart * parts for parts in (1, 2, 3)]
+        try:
+            first, second, third = map(count, lengths)
+        except ValueError:  # an estimator that takes whole groups of steps only
+            continue
+        found = third + (window - lengths[2]) / apart * (third - second)
+        if abs((third - second) - (second - first)) <= 1e-2 * abs(third - second):
+            return found / num_steps
+    # Nothing is regular: a short window is written out, of a long one the best guess is the last.
+    return (count(window) if found is None or window <= _IRREGULAR else found) / num_steps
+
+
+def _distances(window: int) -> list[int]:
+    """Of the lengths to count; estimators that work in groups or blocks are regular in multiples of them."""
+    if window <= _UNROLLED:
+        return []
+    most = min(window // 3, _LONGEST)
+    divisors = (apart for apart in range(_SHORTEST + 1, most + 1) if window % apart == 0)
+    return [_SHORTEST, *divisors] if most >= _SHORTEST else []
 
 
 def _unrolled_flops(

@@ -120,7 +120,11 @@ def over_draws(along: Pass, run: Callable[[Any], PyTree], draws: PyTree) -> PyTr
     """``run`` for every row of `draws`; side by side only where no window's length is data."""
     if along.num_steps is None:
         return jax.lax.map(run, draws)
-    return jax.lax.map(run, draws, batch_size=_DRAWS_AT_ONCE)
+    # In batches `lax.map` cannot put leaves of no size together again: they get a number for the while.
+    padded = partial(jax.tree.map, lambda leaf: leaf if leaf.size else jnp.zeros((), leaf.dtype))
+    found = jax.lax.map(lambda draw: padded(run(draw)), draws, batch_size=_DRAWS_AT_ONCE)
+    shapes = jax.eval_shape(jax.vmap(run), draws)
+    return jax.tree.map(lambda leaf, of: leaf if of.size else jnp.zeros(of.shape, of.dtype), found, shapes)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -260,9 +260,9 @@ def sparse_rows(
     owners = owners_of(pattern, colours)
     space = Coordinates.of(hidden)
     leaves, treedef = jax.tree.flatten(theta)
-    stops = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
+    stops = np.cumsum([np.size(leaf) for leaf in leaves], dtype=int)  # none where θ has no leaf
     owner_leaves = [
-        [part.reshape(np.shape(leaf)) for part, leaf in zip(np.split(row, stops), leaves, strict=True)]
+        [part.reshape(np.shape(leaf)) for part, leaf in zip(np.split(row, stops)[:-1], leaves, strict=True)]
         for row in owners
     ]
     simple = [[Owners.of(owner, space.size) for owner in row] for row in owner_leaves]
