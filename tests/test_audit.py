@@ -210,8 +210,8 @@ def test_parameters_of_no_size_are_parameters():
         )
     )
     given: dict[str, Any] = {"estimators": {"uoro": jtrunc.uoro}, "key": jax.random.key(0), "timed": False}
-    found = audit(system, params, case.hidden, case.inputs, num_draws=5, **given).findings["uoro"]
-    plain = audit(*case, num_draws=5, **given).findings["uoro"]
+    found = audit(system, params, case.hidden, case.inputs, num_draws=40, **given).findings["uoro"]
+    plain = audit(*case, num_draws=40, **given).findings["uoro"]
     np.testing.assert_allclose([found.noise, found.bias.value], [plain.noise, plain.bias.value], rtol=1e-12)
     assert np.isnan(found.signal_to_noise["readout/none"]) and found.noise > 0
 

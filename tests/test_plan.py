@@ -135,9 +135,9 @@ def test_operations_follow_the_steps_that_are_consumed():
     ],
 )
 def test_operations_of_groups_and_blocks_are_those_of_the_whole_window(make):
-    """20 steps are written out, 100 are not."""
-    short, long = (tanh_cost(make, steps).flops_per_step for steps in (20, 100))
-    np.testing.assert_allclose(long, short, rtol=0.02)
+    """10 steps are written out, 100 are not; the ends of a window are worth a few per cent."""
+    short, long = (tanh_cost(make, steps).flops_per_step for steps in (10, 100))
+    np.testing.assert_allclose(long, short, rtol=0.05)
 
 
 @pytest.mark.slow
