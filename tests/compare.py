@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,3 +35,19 @@ def differ(actual: Any, expected: Any, by: float = 1e-3) -> bool:
 def add(*trees: Any) -> Any:
     """The sum of trees of the same structure."""
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *trees)
+
+
+def python_calls(function: Callable[[], Any]) -> int:
+    """How many calls the interpreter makes meanwhile: what a loop over the data would make many of."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count

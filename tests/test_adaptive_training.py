@@ -171,6 +171,7 @@ def test_seeds_have_lengths_of_their_own_and_resume_bit_for_bit(tmp_path: Path, 
     assert texts[0] == texts[1] and "null" in texts[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adaptive-bptt:num-times=30", "adaptive-artbp:look-ahead=108"])
 def test_the_command_line_gives_a_look_ahead_that_suffices_and_no_more(name: str) -> None:
     """Shapes alone: one step less is refused."""

@@ -56,6 +56,7 @@ def found() -> Audit:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_exact_gradient_is_that_of_the_scored_losses():
     case = systems.tanh(WARM_UP + SCORED)
 
@@ -188,6 +189,7 @@ def test_streams_and_estimators_that_need_a_structure():
     assert all(np.isinf(value) for value in result.findings["rtrl"].signal_to_noise.values())
 
 
+@pytest.mark.slow
 def test_chance_that_is_rare_is_drawn_all_the_same():
     """Two passes seldom differ where a cut has a probability of 0.05 % a step, many do."""
     case = systems.scalar(10)
@@ -201,6 +203,7 @@ def test_chance_that_is_rare_is_drawn_all_the_same():
     assert finding["exact"].bias.value < 1e-12
 
 
+@pytest.mark.slow
 def test_parameters_of_no_size_are_parameters():
     case = systems.scalar(5)
     params = case.params._replace(readout={"scale": case.params.readout, "none": jnp.zeros((0, 2))})

@@ -121,6 +121,7 @@ def test_bptt_is_jax_grad_of_the_formula(name: str, batch: tuple[int, ...]) -> N
     assert differ(estimate.grads, gradient(params, jnp.arange(STEPS) != 6))
 
 
+@pytest.mark.slow
 def test_a_linear_recurrent_layer_in_a_stack() -> None:
     """A layer without hidden kernels below one that has them."""
     model = cells.model(cells.stack([cells.linear_recurrent(INPUTS, 3), cells.gru(6, 2)]), 3, squared_error)

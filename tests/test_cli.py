@@ -149,6 +149,7 @@ def test_resume_needs_a_run(capsys, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_configuration(capsys, tmp_path):
     command = ["train", *SMALL, "--output", str(tmp_path / "run")]
     assert main(command) == 0
@@ -180,6 +181,7 @@ def test_a_text_that_has_changed_by_one_byte_is_not_resumed(part, capsys, tmp_pa
     assert main([*command, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_updates_that_may_be_skipped(capsys, tmp_path):
     """A learning rate that overflows at once: a failure with one line, after as many skips as were given."""
     command = ["train", *SMALL, "--optimizer", "sgd", "--learning-rate", "1e38"]

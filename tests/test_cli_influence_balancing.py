@@ -72,6 +72,7 @@ def test_the_run_is_the_papers_descent(length):
     assert not np.allclose(found.theta[1::2], longer, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_every_seed_of_artbp_is_a_run_of_its_own():
     config = InfluenceBalancing(steps=2000)
     law = jtrunc.truncation.polynomial(16, 6.0)
@@ -90,6 +91,7 @@ def test_a_rate_that_explodes_is_reported(tmp_path, capsys):
     assert "not finite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reproduce_writes_picture_and_numbers(tmp_path, capsys):
     command = ["reproduce", "influence-balancing", "--steps", "10000", "--seeds", "2"]
     assert main([*command, "--lengths", "10", "200", "--output", str(tmp_path / "run")]) == 0

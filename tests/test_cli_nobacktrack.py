@@ -86,6 +86,7 @@ def plain(params, alpha: np.ndarray, steps: int) -> np.ndarray:
     return np.array(losses)
 
 
+@pytest.mark.slow
 def test_the_run_is_the_papers_descent_on_bits_for_every_seed():
     text, steps = Text("blocks", FILE, 3, LEVELS, leaky=True), 900
     program = runs.compile_program(

@@ -78,6 +78,7 @@ def lstm_case(length: int) -> Case:
     return Case(model.system, params, model.initial_hidden((), jnp.float64), inputs)
 
 
+@pytest.mark.slow
 def test_both_members_of_an_lstm_state_are_detached():
     case = lstm_case(8)
     grads = update(jtrunc.truncated_bptt(case.system, 4), case).grads
@@ -160,6 +161,7 @@ def test_a_nan_loss_is_not_hidden(key):
         assert not np.isfinite(reference.to_vector(estimate.grads)).all()
 
 
+@pytest.mark.slow
 def test_integer_and_key_leaves_are_carried_along(key):
     """float0 cotangents: skipped, in every estimator, and the leaves come out as the system made them."""
     case = systems.nested(6)
@@ -229,6 +231,7 @@ def test_the_factor_is_not_on_the_local_term(law, keys):
     assert any(differ(grads.recurrent, exact.recurrent) for grads in drawn)
 
 
+@pytest.mark.slow
 def test_running_into_the_look_ahead_is_counted(keys):
     """A window that only the look-ahead ended is reported; one that a cut ended is not."""
     case = systems.tanh(4)

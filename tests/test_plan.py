@@ -102,6 +102,7 @@ def test_bytes_of_estimators_that_need_a_structure(name):
     np.testing.assert_allclose(found.total_bytes, 4 * (2 * num_params + state + stored), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_operations_of_backpropagation_are_three_products_a_step():
     """Forward Wh and Ux; back Wᵀλ and the outer products λhᵀ, λxᵀ, added up; readout and its two."""
     found = tanh_cost(jtrunc.bptt, 1000)
@@ -127,6 +128,7 @@ def test_operations_follow_the_steps_that_are_consumed():
     np.testing.assert_allclose(windowed.flops_per_step, 4 * full, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

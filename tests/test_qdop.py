@@ -80,6 +80,7 @@ def losses(tx: Any, alphas: list[Any], betas: list[Any]) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(run))(jnp.array(alphas), jnp.array(betas)))
 
 
+@pytest.mark.slow
 def test_the_function_learned_does_not_depend_on_scale_and_offset_of_the_inputs() -> None:
     ones, scale, zeros, offset = [1.0, 1.0, 1.0], [3.0, -0.2, 1.0], [0.0, 0.0, 0.0], [1.0, 2.0, -1.5]
     plain, both = losses(qdop(0.0, decay=0.0), [ones, scale], [zeros, offset])

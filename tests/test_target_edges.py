@@ -71,6 +71,7 @@ def test_no_dual_step_from_the_rounding_of_forward_states():
     assert_close(to_vector(estimate.grads), to_vector(exact.grads))
 
 
+@pytest.mark.slow
 def test_padding_scores_no_state_that_the_recurrence_never_has():
     """The norm has no derivative at 0, where the padding of the first block must not look."""
     system = jtrunc.System(

@@ -87,6 +87,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert lines == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_lead_in_survives_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
     options = {"estimator": LEAD_IN, "window": 7, "log_every": 1, "checkpoint_every": 2, "num_updates": 8}
     whole = run(tmp_path / "whole", **options)
@@ -97,6 +98,7 @@ def test_lead_in_survives_a_kill(tmp_path: Path, monkeypatch: Any) -> None:
     assert_same(run(tmp_path / "killed", resume=True, **options).state, whole.state)
 
 
+@pytest.mark.slow
 def test_the_place_in_a_text_that_is_mapped_from_the_disk_is_restored(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("to be or not to be, that is the question.\n" * 30)

@@ -71,6 +71,7 @@ def test_windows_are_read_in_a_circle(length: int, window: int) -> None:
     np.testing.assert_allclose(result.history["loss"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "scored"), [(7, 3), (6, 3), (6, 4), (5, 5), (9, 1), (4, 2)])
 def test_lead_in_scores_each_loss_once(window: int, scored: int) -> None:
     system = echo()
@@ -132,6 +133,7 @@ def test_one_compilation_for_all_chunks() -> None:
     assert len(traces) == before + 1  # only the look at num_steps
 
 
+@pytest.mark.slow
 def test_log_every_sums_up_whole_lines() -> None:
     case = small()
     fine = run(case, estimator=random_length(case.system), num_updates=10)

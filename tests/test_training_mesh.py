@@ -86,6 +86,7 @@ def test_streams_of_one_known_length_run_side_by_side() -> None:
         assert static_num_steps(estimator, CASE.params, *streams) == steps
 
 
+@pytest.mark.slow
 def test_a_bad_seed_is_named_once() -> None:
     """The first seed is what fills up the devices."""
     rates = {"rate": np.array([np.inf, 1e-3, 1e-3, 1e-3, 1e-3])}

@@ -66,6 +66,7 @@ def test_lengths_known_at_trace_time_are_found() -> None:
     assert static_num_steps(random_length(case.system), *arguments) is None
 
 
+@pytest.mark.slow
 def test_a_vmapped_run_shares_one_window_between_seeds() -> None:
     case, shapes = small(), []
     inner = plain(case.system)
@@ -88,6 +89,7 @@ def test_counts_and_sequences_of_seeds() -> None:
     assert check_seeds(None) is None
 
 
+@pytest.mark.slow
 def test_one_bad_seed_is_named_and_all_stop_before_it() -> None:
     case = small()
     blow_up = optax.sgd(1.0)

@@ -79,6 +79,7 @@ def by_hand(data: Any, skipped: set[int], num_updates: int = 40) -> tuple[Any, A
     return params, state.hidden, losses
 
 
+@pytest.mark.slow
 def test_skipped_updates_leave_parameters_optimiser_and_hidden_state_as_they_were() -> None:
     data = poisoned(3, 20, 21)
     result = run(data=data, max_non_finite=3)
@@ -98,6 +99,7 @@ def test_skipped_updates_leave_parameters_optimiser_and_hidden_state_as_they_wer
     assert np.isfinite(history["grad_norm"]).all()
 
 
+@pytest.mark.slow
 def test_the_update_behind_the_last_skip_stops_the_run_before_its_damage(tmp_path: Path) -> None:
     bad = (9, 10, 11)
     with pytest.raises(
@@ -120,6 +122,7 @@ def test_the_update_behind_the_last_skip_stops_the_run_before_its_damage(tmp_pat
         assert finite == (number <= 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_non_finite", [0, 1])
 def test_a_checkpoint_lies_before_the_damage(tmp_path: Path, max_non_finite: int) -> None:
     """The run stops again when it is resumed, at the same update."""
@@ -134,6 +137,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimator", "seeds"), [("flaky", None), ("flaky", 3), ("random", 3)])
 def test_resumed_and_cut_into_other_chunks_it_is_the_same_run(
     tmp_path: Path, monkeypatch: Any, estimator: str, seeds: int | None
@@ -179,6 +183,7 @@ def test_each_seed_skips_its_own_and_one_beyond_its_limit_stops_all() -> None:
     assert int(state.skips_left.min()) == 0
 
 
+@pytest.mark.slow
 def test_a_line_of_nothing_but_skipped_updates_has_no_loss(tmp_path: Path) -> None:
     options: dict[str, Any] = {"data": poisoned(3), "max_non_finite": 1, "log_every": 1, "num_updates": 5}
     history = run(tmp_path, **options).history
@@ -188,6 +193,7 @@ def test_a_line_of_nothing_but_skipped_updates_has_no_loss(tmp_path: Path) -> No
     assert '"loss": null' in lines[2] and lines[2].endswith('"num_skipped": 1}')
 
 
+@pytest.mark.slow
 def test_the_estimator_goes_on_where_its_state_is_finite() -> None:
     """A gradient that overflows has left no trace in the hidden state; NaN inputs have."""
     estimator = ESTIMATORS["flaky"]
@@ -210,6 +216,7 @@ def test_the_estimator_goes_on_where_its_state_is_finite() -> None:
     assert int(metrics.non_finite) and not np.isfinite(damaged.params.recurrent["W"]).any()
 
 
+@pytest.mark.slow
 def test_blocks_of_target_propagation_stay_with_their_data() -> None:
     case = small(40)
     estimator = jtrunc.target_propagation(case.system, 5, 0.1, "admm", num_blocks=8)

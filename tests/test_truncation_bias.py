@@ -126,6 +126,7 @@ def at(found: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[index], found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit_from", [FIT_FROM, 0, LAGS])
 def test_estimates_equal_the_oracle(fit_from):
     found = everything(STACK, fit_from)
@@ -133,6 +134,7 @@ def test_estimates_equal_the_oracle(fit_from):
         check_against_oracle(at(found, i), log_norms, fit_from, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_norms_too_small_for_float32_are_numbers_all_the_same():
     single = {name: log_norms.astype(np.float32) for name, log_norms in CURVES.items()}
     found = everything(jnp.asarray(np.stack(list(single.values()))), FIT_FROM)
@@ -144,6 +146,7 @@ def test_norms_too_small_for_float32_are_numbers_all_the_same():
     np.testing.assert_allclose(found["least_squares"]["rate"][index], -50, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_single_lag():
     log_norms = np.array([0.7, -np.inf, np.nan])[:, None, None] + np.array([[0.0], [0.4]])
     found = everything(jnp.asarray(log_norms), 0)
@@ -378,6 +381,7 @@ def test_no_guarantee_where_the_terms_of_the_gradient_cancel(chosen):
     assert bias(1, 9.5) < 0.5 < 4 < bias(1, -9.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["prefix"], indirect=True)
 def test_the_length_is_that_of_the_estimator(chosen):
     """φ as it is measured, and BPTT(κ̂, 1) as it is computed: lags 0 … κ̂."""
@@ -443,6 +447,7 @@ def test_bands_cover_what_they_say():
     assert covered("mean of logarithms") < 0.94 - 2 * allowed
 
 
+@pytest.mark.slow
 def test_bands_shrink_with_the_minibatch():
     """By 1/√N: the deviation of log P̂[φ₀] is √(e^¼ − 1)/√N; averaged over 100 sets."""
     for samples in (16, 144):
@@ -457,6 +462,7 @@ def test_bands_shrink_with_the_minibatch():
         assert 0.85 < mean / expected < 1.1, (samples, mean / expected)
 
 
+@pytest.mark.slow
 def test_bands_contain_the_estimate_and_keep_integers_and_infinities():
     estimates = partial(estimate_length, tolerance=0.5, fit_from=4, min_length=1, max_length=40)
 

@@ -47,6 +47,7 @@ def test_a_fixed_length_needs_none_and_goes_before_the_one_that_is_passed() -> N
             np.testing.assert_allclose(step(tx, jnp.float64(1.0), length), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_they_chain_with_optimisers_that_know_nothing_of_lengths() -> None:
     tx = optax.chain(clip_by_truncation_length(0.8), optax.sgd(1.0), scale_by_truncation_length())
     update = step(tx, jnp.array([3.0, -4.0]), jnp.int32(4))
@@ -62,6 +63,7 @@ def test_only_norms_above_the_limit_are_clipped_and_over_all_leaves_together() -
         np.testing.assert_allclose(clipped["b"], 4j * norm / 5, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_clipping_at_the_ends_of_a_dtype() -> None:
     """Squares of 1e30 overflow float32, those of 1e-30 vanish; neither may change what comes out."""
     tx = clip_by_truncation_length(1.0, length=2)

@@ -55,6 +55,7 @@ def scalar_run() -> tuple[Case, reference.Linearised]:
 # Enumeration, offline.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(systems.CASES))
 @pytest.mark.parametrize("law", LAWS)
 def test_the_expectation_over_all_given_cuts_is_exact(name, law, key):
@@ -118,6 +119,7 @@ def chances(law: str) -> np.ndarray:
     return np.array([pattern.probability for pattern in patterns_of(law)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_a_law_draws_each_pattern_as_often_as_it_says(law):
     """Every draw equals the reference at one of the 16 patterns, and each is as frequent as eq. 10 says.
@@ -217,6 +219,7 @@ def test_sampled_windows_without_the_factor_fail_through_the_library(key):
     assert largest_z(vectors(jax.jit(jax.vmap(grads))(cuts), DRAWS), exact) > threshold(exact.size)
 
 
+@pytest.mark.slow
 def test_truncated_bptt_fails(key):
     """Windows of 2 whose phase is drawn afresh for each estimate: biased at any phase, and on average."""
     case, run = scalar_run()
@@ -253,6 +256,7 @@ def window_at(inputs: Any, position: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, position, STEPS), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_the_online_form_over_all_window_sequences_is_exact(law, key):
     """Every sequence of windows of the stream, each window computed by `online_artbp` with given cuts."""
@@ -326,6 +330,7 @@ def test_sampled_online_artbp_passes(law):
     assert largest_z(vectors(totals, DRAWS), exact) < threshold(exact.size)
 
 
+@pytest.mark.slow
 def test_one_window_a_key_is_what_the_batch_computes():
     """lax.map, one key after the other, equals vmap of the dynamic windows."""
     keys = jax.random.split(jax.random.key(5), 50)
