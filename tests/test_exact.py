@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jtrunc
 from jtrunc import cells
-from jtrunc.backward import thresholds, two_phase
+from jtrunc.backward import fused, thresholds
 from tests import reference, systems
 from tests.compare import add, assert_close, differ
 from tests.systems import Case
@@ -186,21 +186,21 @@ def test_kernels_on_the_left_change_nothing(cell, monkeypatch):
     monkeypatch.setattr(thresholds, "STEPS_TO_TURN", 2)
     monkeypatch.setattr(thresholds, "SIZE_ON_THE_LEFT", 1)
     turned: list[int] = []
-    product = two_phase.project_hidden
+    product = fused.project_hidden
     left: list[int] = []
-    on_the_left = two_phase.matrix_on_the_left
+    on_the_left = fused.matrix_on_the_left
 
     def count(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
         left.append(matrix.shape[0])
         return on_the_left(matrix, vectors)
 
-    monkeypatch.setattr(two_phase, "matrix_on_the_left", count)
+    monkeypatch.setattr(fused, "matrix_on_the_left", count)
 
     def spy(structure: Any, layout: Any, weights: Any, *rest: Any) -> Any:
         turned.append(len(weights.turned))
         return product(structure, layout, weights, *rest)
 
-    monkeypatch.setattr(two_phase, "project_hidden", spy)
+    monkeypatch.setattr(fused, "project_hidden", spy)
     assert_close(estimate(jtrunc.bptt(case.system), case), expected, rtol=1e-12)
     assert max(turned) > 0
     assert len(left) > sum(turned)  # those of the way out, and more on the way back

@@ -25,8 +25,8 @@ from harness import Effort, Target, compare, compile_program, main
 
 import jtrunc
 from jtrunc import adapters, cells
+from jtrunc.backward.fused import matrix_on_the_left
 from jtrunc.backward.thresholds import ROWS_TO_TURN
-from jtrunc.backward.two_phase import matrix_on_the_left
 
 STEPS, FEATURES, CLASSES, RATE = 50, 64, 50, 1e-2
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jtrunc.backward.thresholds import num_rows, two_phase_pays
-from jtrunc.backward.two_phase import (
-    backward_step,
-    forward_step,
-    fuse,
-    layout_of,
-    project_inputs,
-    weight_cotangents,
-)
+from jtrunc.backward.layers import backward_layers, forward_layers, fuse_layers, project_bottom
+from jtrunc.backward.thresholds import num_rows, reading_ahead_pays, two_phase_pays
 from jtrunc.backward.window import Chunk, Parts
 from jtrunc.base import Params, PyTree, System
 from jtrunc.devices import anchor, vary
-from jtrunc.structure import Structure
 from jtrunc.trees import (
     accumulator,
     add_into,
@@ -38,8 +31,7 @@ LIGHT_STEP, LIGHT_CHUNK, CHUNK = 1 << 13, 32, 16
 
 def window_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
     """The parts of a system, in two phases where its structure allows it and it pays."""
-    structure = system.structure
-    if isinstance(structure, Structure) and two_phase_pays(structure, params.recurrent, hidden, inputs):
+    if two_phase_pays(system.structure, params.recurrent, hidden, inputs):
         return structured_parts(system, params, hidden, inputs)
     return generic_parts(system, params, hidden, inputs)
 
@@ -86,6 +78,7 @@ def generic_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree
     return Parts(
         chunk=CHUNK,
         project=lambda rows: (),
+        read_ahead=False,
         advance=advance,
         zero_bars=lambda: accumulator(params),
         backward_chunk=backward_chunk,
@@ -130,58 +123,35 @@ def _scored_chunk(system: System, params: Params, chunk: Chunk, loss_dtype: Any)
 
 
 def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyTree) -> Parts:
-    """A structured system: a loop for δₜ alone, and one product per weight, loss and projection a chunk."""
-    structure = system.structure
+    """A structured system: loops for δₜ alone, and one product per weight, loss and projection a chunk."""
     loss_dtype, aux_shapes = _loss_shapes(system, params, hidden, inputs)
-    first_inputs = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), inputs)
-    layout = layout_of(structure, params.recurrent, hidden, first_inputs)
-    weights, pull_fuse = jax.vjp(lambda theta: fuse(structure, layout, theta), params.recurrent)
-
-    def advance(hidden: PyTree, inputs_t: PyTree, projected_t: PyTree) -> tuple[PyTree, PyTree]:
-        return forward_step(structure, layout, weights, hidden, inputs_t, projected_t)
-
-    def pull_deltas(chunk: Chunk, after_bar: PyTree, cotangent: PyTree, elementwise_bar: PyTree) -> Any:
-        treedef = jax.tree.structure(hidden)
-        projected = parts.project(chunk.inputs)
-        rows = (chunk.before, chunk.inputs, projected, chunk.saved, after_bar)
-        num_outputs = sum(width for _, width in layout.widths)
-
-        def step(carry: Any) -> Any:
-            index, cotangent, elementwise_bar, deltas = carry
-            before, inputs_t, projected_t, saved, loss_bar = read_row(rows, index)
-            total = jax.tree.map(jnp.add, jax.tree.unflatten(treedef, cotangent), loss_bar)
-            bars = backward_step(structure, layout, weights, before, inputs_t, projected_t, saved, total)
-            cotangent = weighted_cotangent(read_row(chunk.edges, index), jax.tree.leaves(bars.hidden))
-            elementwise_bar = add_into(elementwise_bar, bars.elementwise)
-            return index - 1, cotangent, elementwise_bar, write_row(deltas, index, bars.delta)
-
-        deltas = jnp.zeros((*chunk.saved.shape[:-1], num_outputs), chunk.saved.dtype)
-        carry = (chunk.num_active - 1, cotangent, elementwise_bar, vary(deltas, anchor(chunk)))
-        return jax.lax.while_loop(lambda carry: carry[0] >= 0, step, carry)[1:]
+    layers = fuse_layers(system.structure, params.recurrent, hidden, inputs)
+    weights = layers.weights
+    bottom, bottom_hidden = layers.each[0], layers.split(hidden)[0]
+    num_numbers = sum(kernel.size for layer in weights for kernel in layer.hidden)
+    work = num_numbers * num_rows(bottom.structure, bottom_hidden, inputs)[0]
 
     def backward_chunk(bars: Any, cotangent: PyTree, chunk: Chunk) -> Any:
         params_bar, weights_bar = bars
         (loss, aux), (params_step, after_bar) = _scored_chunk(system, params, chunk, loss_dtype)
-        cotangent, elementwise_bar, deltas = pull_deltas(chunk, after_bar, cotangent, weights_bar.elementwise)
-        step_weights, _ = weight_cotangents(structure, layout, weights, chunk.before, chunk.inputs, deltas)
-        weights_bar = add_into(weights_bar, step_weights)._replace(elementwise=elementwise_bar)
+        weights_bar, cotangent = backward_layers(layers, weights_bar, chunk, after_bar, cotangent)
         return (add_into(params_bar, params_step), weights_bar), cotangent, loss, aux
 
     def finish(bars: Any) -> Params:
         params_bar, weights_bar = bars
-        (theta_bar,) = pull_fuse(cast_like(weights_bar, weights))
+        theta_bar = layers.pull(cast_like(weights_bar, weights))
         recurrent = add_into(params_bar.recurrent, theta_bar)
         return cast_like(params_bar._replace(recurrent=recurrent), params)
 
-    work = sum(kernel.size for kernel in weights.hidden) * num_rows(structure, hidden, inputs)[0]
-    parts = Parts(
+    return Parts(
         chunk=LIGHT_CHUNK if work < LIGHT_STEP else CHUNK,
-        project=lambda rows: project_inputs(structure, layout, weights, rows),
-        advance=advance,
+        project=partial(project_bottom, layers),
+        read_ahead=bottom.layout.project_first
+        and reading_ahead_pays(bottom.structure, bottom.weights.hidden, bottom_hidden, inputs),
+        advance=partial(forward_layers, layers),
         zero_bars=lambda: (accumulator(params), accumulator(weights)),
         backward_chunk=backward_chunk,
         finish=finish,
         loss_dtype=loss_dtype,
         aux=aux_shapes,
     )
-    return parts

@@ -28,9 +28,14 @@ ROWS_TO_TURN, SIZE_TO_TURN, STEPS_TO_TURN = range(8, 33), 1 << 19, 20
 """For so many rows, and from so many numbers in the kernels and steps on, the forward products gain more from
 kernels on the left than it costs to transpose them once."""
 
-SIZE_ON_THE_LEFT = 1 << 15
-"""From so many numbers in a kernel on, δWᵀ is faster with the kernel on the left; below, the transposition of
-the result costs more than it gains (a tanh network of 20 units in 20 blocks: 0.25 instead of 0.23)."""
+SIZE_ON_THE_LEFT = 1 << 13
+"""From so many numbers in a kernel on, δWᵀ is faster with the kernel on the left (windows of an LSTM of 50
+units with 1, 4, 16, 64 rows: 0.99, 0.87, 0.92, 0.98); below, transposing the result costs more than it gains
+(tanh of 50 units: 1.01 to 1.04)."""
+
+ROWS_TO_READ_AHEAD, GATES_TO_READ_AHEAD = 2, 2
+"""From so many rows and so many gates on, projected inputs are read one step early (LSTM and GRU of 20 to 512
+units, 2 to 31 rows: 0.74 to 0.92 of the window; one row of a GRU 1.05, no gates 1.06 to 1.3)."""
 
 ROWS_TO_PROJECT_INSIDE = 32
 """From so many rows on, inputs are projected inside the scan: the product is full, and the array of all
@@ -90,6 +95,15 @@ def turning_pays(
     rows, _ = num_rows(structure, hidden, inputs)
     size = sum(kernel.size for kernel in kernels)
     return rows in ROWS_TO_TURN and size >= SIZE_TO_TURN and num_time_steps(inputs) >= STEPS_TO_TURN
+
+
+def reading_ahead_pays(
+    structure: Structure, kernels: tuple[jax.Array, ...], hidden: PyTree, inputs: PyTree
+) -> bool:
+    """Whether projected inputs had better be read one step early: there are several rows, and gates."""
+    rows, width = num_rows(structure, hidden, inputs)
+    outputs = sum(kernel.shape[-1] for kernel in kernels)
+    return rows >= ROWS_TO_READ_AHEAD and outputs >= GATES_TO_READ_AHEAD * width
 
 
 def left_pays(kernel: jax.Array) -> bool:

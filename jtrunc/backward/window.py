@@ -53,6 +53,7 @@ class Parts(NamedTuple):
     Attributes:
       chunk: steps in one static product of the way back, a divisor of BLOCK; a window wastes half a chunk.
       project: ``inputs of a chunk -> projected``, what does not depend on the hidden state, (chunk, ...).
+      read_ahead: whether a row of `projected` is read one step early (see `thresholds.reading_ahead_pays`).
       advance: ``(hidden, inputs_t, projected_t) -> (hidden, saved)``, one transition.
       zero_bars: ``() -> bars``, accumulators of the gradient.
       backward_chunk: ``(bars, cotangent, Chunk) -> (bars, cotangent, loss, aux)``; `cotangent` is a list,
@@ -64,6 +65,7 @@ class Parts(NamedTuple):
 
     chunk: int
     project: Callable[[PyTree], PyTree]
+    read_ahead: bool
     advance: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
     zero_bars: Callable[[], PyTree]
     backward_chunk: Callable[[PyTree, PyTree, Chunk], tuple[PyTree, PyTree, jax.Array, PyTree]]
@@ -204,18 +206,22 @@ def _forward_block(
         projected = parts.project(read_rows(inputs, start + first, parts.chunk))
 
         def step(carry: Any) -> Any:
-            index, hidden, block, boundaries = carry
-            inputs_t, projected_t = read_row(inputs, start + index), read_row(projected, index - first)
+            (index, hidden, block, boundaries), ahead = carry
+            inputs_t = read_row(inputs, start + index)
+            projected_t = ahead if parts.read_ahead else read_row(projected, index - first)
             new_hidden, saved = parts.advance(hidden, inputs_t, projected_t)
             block = Block(write_row(block.hiddens, index, hidden), write_row(block.saved, index, saved))
             if decide is not None:
                 boundaries = decide(start + index, new_hidden, boundaries)
-            return index + 1, new_hidden, block, boundaries
+            ahead = read_row(projected, index + 1 - first) if parts.read_ahead else ()
+            return (index + 1, new_hidden, block, boundaries), ahead
 
         def inside(carry: Any) -> jax.Array:
-            return (carry[0] < first + parts.chunk) & (start + carry[0] < carry[3].stop)
+            (index, _, _, boundaries), _ = carry
+            return (index < first + parts.chunk) & (start + index < boundaries.stop)
 
-        return jax.lax.while_loop(inside, step, carry)
+        ahead = read_row(projected, 0) if parts.read_ahead else ()
+        return jax.lax.while_loop(inside, step, (carry, ahead))[0]
 
     def more(carry: Any) -> jax.Array:
         return (carry[0] < size) & (start + carry[0] < carry[3].stop)
