@@ -155,7 +155,7 @@ def test_metrics_that_lack_lines_are_an_error(tmp_path: Path) -> None:
     run(tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:5]))
-    with pytest.raises(CheckpointError, match="lacks lines up to update 40"):
+    with pytest.raises(CheckpointError, match="lacks lines"):
         run(tmp_path, resume=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jtrunc.training import progress
+from jtrunc.training import CheckpointError, progress
 from jtrunc.training.metrics import MetricsFile, columns, read_metrics, split_columns, train_columns
 from jtrunc.training.plots import Curve, band, bin_means, learning_curves
 from jtrunc.training.progress import Progress
@@ -31,19 +31,44 @@ def test_lines_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_torn_tail_and_later_lines_are_dropped(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.jsonl")
-    file.append(LINES)
+    none = file.sha256
+    assert file.truncate_to(none) == []
+    file.append(LINES[:2])
+    two = file.sha256
+    file.append(LINES[2:])
     whole = file.path.read_text()
     file.path.write_text(whole + '{"upd')
     assert read_metrics(file.path) == LINES
-    assert file.truncate_to(2) == LINES[:2]
+    assert file.truncate_to(two) == LINES[:2]
+    assert file.sha256 == two
     assert read_metrics(file.path) == LINES[:2]
+    assert file.truncate_to(none) == [] == read_metrics(file.path)
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_any_flipped_bit_of_the_lines_is_refused_and_behind_them_dropped(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.append(LINES[:2])
+    kept, sha256 = file.path.read_bytes(), file.sha256
+    file.append(LINES[2:3])
+    whole = file.path.read_bytes()
+    for place in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        file.path.write_bytes(damaged)
+        if place // 8 >= len(kept):
+            assert file.truncate_to(sha256) == LINES[:2] and file.path.read_bytes() == kept
+            continue
+        with pytest.raises(CheckpointError, match=r"m\.jsonl lacks lines, or they are not those"):
+            file.truncate_to(sha256)
+        assert file.path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("damaged", [b"nonsense", b'{"update": \xb2}'])
+def test_a_damaged_line_is_named(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"update": 1}\nnonsense\n{"update": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    path.write_bytes(b'{"update": 1}\n' + damaged + b'\n{"update": 2}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2 is not JSON"):
         read_metrics(path)
 
 

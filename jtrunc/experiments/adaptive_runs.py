@@ -250,7 +250,7 @@ def run(
         at = epoch(problem, program, experiment, at, clocks)
         metrics.append(at.lines[-1:])
         if time.monotonic() - saved > SAVE_EVERY:
-            save(folder, at)
+            save(folder, at, metrics)
             saved = time.monotonic()
         advance(1)
     result = {"method": method.label, "seed": seed, "epochs": at.lines, **best_of(at.lines)}
@@ -333,17 +333,17 @@ def norms_at_best(experiment: Experiment, problem: Problem, program: Program, at
 def begin(program: Program, seed: int, folder: Path, metrics: MetricsFile) -> Progress:
     """From the newest checkpoint of the folder, or from the start."""
     state = program.init(jax.random.key(seed))
-    at = (state, state.params)
-    update = 0
+    at, lines_until = (state, state.params), metrics.sha256
     if checkpoint.list_steps(folder / "checkpoints"):
         restored = checkpoint.restore(folder / "checkpoints", at)
-        at, update = restored.state, restored.update
-    return Progress(at[0], at[1], metrics.truncate_to(update))
+        at, lines_until = restored.state, restored.extra["metrics"]
+    return Progress(at[0], at[1], metrics.truncate_to(lines_until))
 
 
-def save(folder: Path, at: Progress) -> None:
+def save(folder: Path, at: Progress, metrics: MetricsFile) -> None:
     """A checkpoint of a run between two epochs."""
-    checkpoint.save(folder / "checkpoints", int(at.state.update), (at.state, at.best), keep=2)
+    state, extra = (at.state, at.best), {"metrics": metrics.sha256}
+    checkpoint.save(folder / "checkpoints", int(at.state.update), state, extra=extra, keep=2)
 
 
 def _total(sums: MetricSums, name: str) -> float:

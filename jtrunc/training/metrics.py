@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from jtrunc.training.checkpoint import CheckpointError
+
 Line = dict[str, Any]
 """One line of metrics; a train line has ``update``, an evaluation also ``split``."""
 
@@ -58,22 +60,29 @@ class MetricsFile:
             ) from error
         self._hash.update(text.encode())
 
-    def truncate_to(self, update: int) -> list[Line]:
-        """Drop every line of a later update than `update`, and a torn last one; return those that stay.
+    def truncate_to(self, sha256: str) -> list[Line]:
+        """Drop whatever lies behind the lines of this hash, torn or damaged lines too; return those lines.
 
-        The shorter file replaces the old one atomically, and only if something was dropped.
+        Raises:
+          CheckpointError: if the file does not begin with such lines; it stays as it is.
         """
-        kept = [line for line in read_metrics(self.path) if line["update"] <= update]
-        text = "".join(to_json(line) + "\n" for line in kept)
-        if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                _sync(file.fileno())
-            os.replace(temporary, self.path)
-        self._hash = hashlib.sha256(text.encode())
-        return kept
+        digest, size = hashlib.sha256(), 0
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for row in file:
+                    if digest.hexdigest() == sha256:
+                        break
+                    digest.update(row)
+                    size += len(row)
+        if digest.hexdigest() != sha256:
+            raise CheckpointError(
+                f"{self.path} lacks lines, or they are not those that were there when the checkpoint was "
+                "written; put the file back, or begin a new run"
+            )
+        if self.path.exists():
+            os.truncate(self.path, size)
+        self._hash = digest
+        return read_metrics(self.path)
 
 
 def read_metrics(path: str | Path) -> list[Line]:
@@ -87,12 +96,12 @@ def read_metrics(path: str | Path) -> list[Line]:
     path = Path(path)
     if not path.exists():
         return []
-    rows = path.read_text(encoding="utf-8").split("\n")
+    rows = path.read_bytes().split(b"\n")
     lines = []
     for number, row in enumerate(rows[:-1], start=1):
         try:
-            lines.append(_with_nan(json.loads(row)))
-        except json.JSONDecodeError as error:
+            lines.append(_with_nan(json.loads(row.decode("utf-8"))))
+        except ValueError as error:
             raise ValueError(
                 f"{path}, line {number} is not JSON ({error}); mend or remove that line"
             ) from error
