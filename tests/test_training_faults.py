@@ -23,6 +23,7 @@ from jtrunc.training import (
     NonFiniteError,
     TrainingInterrupted,
     checkpoint,
+    configuration,
     read_metrics,
     train,
 )
@@ -202,9 +203,27 @@ def test_resuming_as_another_run_is_refused_and_nothing_is_touched(tmp_path: Pat
 def test_evaluation_data_that_have_changed_are_refused(tmp_path: Path) -> None:
     run(tmp_path, num_updates=10, eval_data={"valid": CASE.inputs})
     other = CASE.inputs.at[3, 0].add(1e-6)
-    with pytest.raises(ConfigurationError, match="valid: "):
+    with pytest.raises(ConfigurationError, match="evaluation data, valid: "):
         run(tmp_path, resume=True, eval_data={"valid": other})
     assert int(run(tmp_path, resume=True, eval_data={"valid": CASE.inputs}).state.update) == 40
+
+
+@pytest.mark.parametrize("changed", ["data", "evaluation data"])
+def test_data_of_another_process_that_have_changed_are_refused(
+    tmp_path: Path, monkeypatch: Any, changed: str
+) -> None:
+    """What the second process says of its data; two real ones are in `test_training_processes`."""
+    data = {"data": CASE.inputs, "evaluation data": CASE.inputs[:9]}
+    theirs = {configuration.hash_tree(rows): configuration.hash_tree(rows + 1) for rows in data.values()}
+    options: dict[str, Any] = {"eval_data": {"valid": data["evaluation data"]}, "num_updates": 10}
+    monkeypatch.setattr(configuration, "each", lambda own: [own, theirs[own]])
+    run(tmp_path, **options)
+    run(tmp_path, resume=True, **options)
+    theirs[configuration.hash_tree(data[changed])] = "0" * 64
+    with pytest.raises(
+        ConfigurationError, match=rf"\({changed}, .*process 1: [0-9a-f]{{12}}… there, 0{{12}}… here"
+    ):
+        run(tmp_path, resume=True, **options)
 
 
 def test_a_folder_with_a_run_is_not_begun_again(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def configuration(
         **given,
         "estimator": estimator_name(program.parts(numbers)[0]),
         "window": program.window,
-        "data": _hash_of_all(data),
+        "data": hash_of_all(data),
         "first state": hash_tree(state),
         "program": hashlib.sha256(text.encode()).hexdigest(),
         "backend": f"jax {jax.__version__} {jax.default_backend()}",
@@ -78,10 +78,12 @@ def _first(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else leaf[0], tree)
 
 
-def _hash_of_all(data: PyTree) -> str | list[str]:
+def hash_of_all(data: PyTree) -> str | dict[str, str]:
     """The hash of the data, or of every process's own where they differ."""
     hashes = each(hash_tree(data))
-    return hashes if len(set(hashes)) > 1 else hashes[0]
+    if len(set(hashes)) == 1:
+        return hashes[0]
+    return {f"process {index}": found for index, found in enumerate(hashes)}
 
 
 def hash_tree(tree: PyTree) -> str:
@@ -160,7 +162,8 @@ def _differences(saved: dict[str, Any], here: dict[str, Any], names: list[str]) 
         there, now = saved.get(name, "absent"), here.get(name, "absent")
         if isinstance(there, dict) and isinstance(now, dict):
             inner = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-            phrases += _differences(there, now, inner)
+            where = f"{name}, " if name in _HASHES else ""
+            phrases += [where + phrase for phrase in _differences(there, now, inner)]
         else:
             phrases.append(f"{name}: {_short(there)} there, {_short(now)} here")
     return phrases

@@ -194,7 +194,7 @@ def train(
         given |= {"max_non_finite": max_non_finite} if max_non_finite else {}
         if splits:
             given["evaluation data"] = {
-                name: configuration.hash_tree(split) for name, split in splits.items()
+                name: configuration.hash_of_all(split) for name, split in splits.items()
             }
         template = runner.whole_state()
         described = configuration.configuration(program, template, inputs, data, given, tried)
@@ -251,7 +251,7 @@ def _open(
     config_hash = from_first(lambda: configuration.check_same(folder, described))
     runner.output = Output(metrics, steps, config_hash)
     if not from_first(lambda: checkpoint.list_steps(steps)):  # killed before the first checkpoint
-        from_first(lambda: metrics.truncate_to(0))
+        from_first(lambda: metrics.truncate_to(metrics.sha256))
         return
     runner.go_on(from_first(lambda: checkpoint.restore(steps, template, config_hash=config_hash)))
 
