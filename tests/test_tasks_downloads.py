@@ -281,6 +281,20 @@ def test_a_text_is_encoded_once_for_its_content_and_options(book: Path, tmp_path
     assert len(calls) == 3 and len(list((tmp_path / "tokens").iterdir())) == 3
 
 
+def test_tokens_may_lie_beside_their_text(book: Path, tmp_path: Path) -> None:
+    folder = book.parent / "tokens"
+    for _ in range(2):
+        memory_mapped(corpora.characters, book.parent, folder)
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("load", [corpora.text8, corpora.penn_treebank, words.wikitext2])
+def test_a_text_that_is_missing_is_what_the_loader_says(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist; give the .* tasks\.downloads\.fetch"):
+        memory_mapped(load, tmp_path / "nowhere", tmp_path / "tokens")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["train.npy", "test.npy", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
 def test_damaged_tokens_are_noticed_and_made_anew(book: Path, tmp_path: Path, name: str, damage: str) -> None:

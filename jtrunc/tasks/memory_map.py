@@ -58,7 +58,10 @@ def memory_mapped(
       ...     corpus.vocabulary.decode(corpus.train[:6]), corpus.train.flags.writeable
       ('banana', False)
     """
-    place = Path(folder).absolute() / _key(load, Path(path), options)
+    if not Path(path).exists():
+        return load(path, **options)  # which says where to get it
+    folder = Path(folder).resolve()
+    place = folder / _key(load, Path(path), folder, options)
     try:
         return _open(place)
     except FileNotFoundError:
@@ -71,8 +74,8 @@ def memory_mapped(
     return _open(place)
 
 
-def _key(load: Callable[..., Any], path: Path, options: dict[str, Any]) -> str:
-    """Of everything that the tokens depend on, options that are not given included."""
+def _key(load: Callable[..., Any], path: Path, folder: Path, options: dict[str, Any]) -> str:
+    """Of everything that the tokens in `folder` depend on, options that are not given included."""
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(load).parameters.items()
@@ -84,7 +87,9 @@ def _key(load: Callable[..., Any], path: Path, options: dict[str, Any]) -> str:
         "loader": f"{load.__module__}.{load.__qualname__}",
         "options": {name: value for name, value in sorted((defaults | options).items())},
         "name": path.resolve().name,
-        "files": [[file.name, hash_file(file)] for file in files],
+        "files": [
+            [file.name, hash_file(file)] for file in files if not file.resolve().is_relative_to(folder)
+        ],
     }
     return hash_json(described)[:32]
 
