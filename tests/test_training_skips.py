@@ -234,6 +234,11 @@ def test_blocks_of_target_propagation_stay_with_their_data() -> None:
     assert (multipliers > 0).tolist() == [True, True, False, False, True, True, True, True]
 
 
+def test_a_limit_that_no_run_reaches() -> None:
+    history = run(data=poisoned(3), max_non_finite=2**31, num_updates=8).history
+    assert history["num_skipped"].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_a_limit_that_is_no_count(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="`max_non_finite`"):

@@ -220,7 +220,8 @@ def _first_state(
     init_params, given = (params, None) if callable(params) else (None, placement.params(params))
     state = init_chunk(program, init_params, given, hidden, run_key, placement.by_seed(hyperparameters))
     if max_non_finite:
-        state = state._replace(skips_left=jnp.full(run_key.shape, max_non_finite, jnp.int32))
+        most = min(max_non_finite, MAX_COUNT)  # no run has more updates
+        state = state._replace(skips_left=jnp.full(run_key.shape, most, jnp.int32))
     shardings = placement.shardings(state, given, program.seed_axis)
     return state if shardings is None else put(state, shardings), shardings
 
