@@ -143,9 +143,18 @@ def fail() -> None:
     [
         ("here", "address:port,processes,index"),
         ("localhost:1,2,2", "process 2 of 2"),
-        ("localhost,2,0", "not"),
+        ("localhost,2,0", "'localhost,2,0'"),
     ],
 )
 def test_where_is_read_strictly(where: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         start_processes(where)
+
+
+def test_no_cluster_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize(*_: Any, **__: Any) -> None:  # what jax says, unless it has been used already
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"'auto' \(coordinator_address.*'address:port,processes,index'"):
+        start_processes()

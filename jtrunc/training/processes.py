@@ -20,6 +20,8 @@ from jtrunc.trees import is_key
 
 Result = TypeVar("Result")
 
+_NOTATION = "it must be 'auto', on a cluster, or 'address:port,processes,index', such as 'localhost:4321,2,0'"
+
 
 def start_processes(where: str = "auto") -> None:
     """Join the other processes of a run, by `jax.distributed`; before anything else asks jax for devices.
@@ -32,15 +34,17 @@ def start_processes(where: str = "auto") -> None:
         ``"address:port,processes,index"``: where process 0 listens, how many there are, which one this is.
 
     Raises:
-      ValueError: for another notation.
-      RuntimeError: from jax, if no cluster is found, the others do not come, or jax is in use already.
+      ValueError: for another notation, or if no cluster is found.
+      RuntimeError: from jax, if the others do not come, or jax is in use already.
     """
+    address, count, index = (None, None, None) if where == "auto" else _read(where)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if where == "auto":
-        jax.distributed.initialize()
-        return
-    address, count, index = _read(where)
-    jax.distributed.initialize(address, num_processes=count, process_id=index)
+    try:
+        jax.distributed.initialize(address, num_processes=count, process_id=index)
+    except ValueError as error:
+        raise ValueError(
+            f"start_processes: no run of several processes can be begun from {where!r} ({error}); {_NOTATION}"
+        ) from error
 
 
 def is_first() -> bool:
@@ -149,10 +153,7 @@ def _failure(error: Exception) -> bytes:
 def _read(where: str) -> tuple[str, int, int]:
     parts = where.split(",")
     if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
-        raise ValueError(
-            f"start_processes: where must be 'auto' or 'address:port,processes,index', such as "
-            f"'localhost:4321,2,0', not {where!r}"
-        )
+        raise ValueError(f"start_processes: `where` is {where!r}; {_NOTATION}")
     count, index = int(parts[1]), int(parts[2])
     if index >= count:
         raise ValueError(f"start_processes: process {index} of {count} does not exist; they count from 0")
