@@ -16,7 +16,7 @@ import numpy as np
 
 from jtrunc.base import PyTree
 from jtrunc.probe import estimator_name
-from jtrunc.sealed import hash_json
+from jtrunc.sealed import hash_json, sync
 from jtrunc.training.chunk import Program
 from jtrunc.training.processes import each
 from jtrunc.training.seeds import Hyperparameters
@@ -119,7 +119,9 @@ def begin(folder: Path, configuration: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE}.tmp"
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, folder / FILE)
+    sync(folder)
 
 
 def check_same(folder: Path, configuration: Mapping[str, Any]) -> str:
@@ -162,7 +164,7 @@ def _differences(saved: dict[str, Any], here: dict[str, Any], names: list[str]) 
         there, now = saved.get(name, "absent"), here.get(name, "absent")
         if isinstance(there, dict) and isinstance(now, dict):
             inner = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-            where = f"{name}, " if name in _HASHES else ""
+            where = "" if name == "given" else f"{name}, "
             phrases += [where + phrase for phrase in _differences(there, now, inner)]
         else:
             phrases.append(f"{name}: {_short(there)} there, {_short(now)} here")
