@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +46,14 @@ def test_torn_tail_and_later_lines_are_dropped(tmp_path: Path) -> None:
     assert read_metrics(file.path) == LINES[:2]
     assert file.truncate_to(none) == [] == read_metrics(file.path)
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_lines_with_nothing_behind_them_are_left_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    """They may lie on a disk that can only be read."""
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.append(LINES)
+    monkeypatch.delattr(os, "truncate")
+    assert file.truncate_to(file.sha256) == LINES
 
 
 def test_any_flipped_bit_of_the_lines_is_refused_and_behind_them_dropped(tmp_path: Path) -> None:

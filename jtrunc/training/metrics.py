@@ -79,7 +79,7 @@ class MetricsFile:
                 f"{self.path} lacks lines, or they are not those that were there when the checkpoint was "
                 "written; put the file back, or begin a new run"
             )
-        if self.path.exists():
+        if self.path.exists() and self.path.stat().st_size > size:  # else it may only be read
             os.truncate(self.path, size)
         self._hash = digest
         return read_metrics(self.path)
