@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jtrunc
 from jtrunc import truncation
@@ -76,6 +78,25 @@ def test_streams_and_seeds_on_devices(seeds: Any) -> None:
     assert_equal_runs(found, expected)
     shards = found.state.estimator_state.hidden.addressable_shards
     assert all(shard.data.shape[-2] == 2 for shard in shards)
+
+
+def test_parameters_that_come_laid_out_stay_so() -> None:
+    """Over an axis of their own; a mesh has axes of the type Explicit where none is said."""
+    generator = np.random.default_rng(3)
+    hidden, inputs = jnp.asarray(generator.normal(size=(4, 3))), generator.normal(size=(30, 4, 2))
+    estimator = plain(batched(CASE.system))
+    mesh = jax.make_mesh((2, 3), ("data", "model"), devices=jax.devices()[:6])
+    rows = CASE.params.recurrent | {
+        "W": jax.device_put(CASE.params.recurrent["W"], NamedSharding(mesh, P("model")))
+    }
+    found, expected = (
+        train(
+            batched(CASE.system), params, hidden, estimator, ADAM, inputs, window=7, num_updates=8, mesh=where
+        )
+        for params, where in ((CASE.params._replace(recurrent=rows), mesh), (CASE.params, None))
+    )
+    assert_equal_runs(found, expected)
+    assert found.params.recurrent["W"].sharding.spec == P("model")
 
 
 def test_streams_of_one_known_length_run_side_by_side() -> None:

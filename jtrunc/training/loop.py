@@ -166,7 +166,7 @@ def train(
     first_hidden = placement.hidden(hidden)
     inputs = jax.eval_shape(lambda rows: window_at(rows, jnp.int32(0), window), stream.rows)
     first_tried = jax.tree.map(lambda leaf: leaf[0], tried)
-    shapes = _shapes_of(params, key)
+    shapes = _shapes_of(params, key, placement)
     num_steps = static_num_steps(estimator, shapes, first_hidden, inputs, hyperparameters=first_tried)
     axis = SeedAxis.NONE if seed_numbers is None else SeedAxis.VMAP if num_steps else SeedAxis.MAP
     program = Program(estimator, optimizer, window, _LINES_AT_ONCE, log_every, axis, placement.mesh)
@@ -297,14 +297,14 @@ def _check_options(
     return Options(num_updates, log_every, eval_every, checkpoint_every or tenth, keep)
 
 
-def _shapes_of(params: Any, key: jax.Array) -> Params:
+def _shapes_of(params: Any, key: jax.Array, placement: Placement) -> Params:
     if callable(params):
         return jax.eval_shape(params, key)
     if not isinstance(params, Params):
         raise TypeError(
             f"train: `params` must be jtrunc.Params or a function key -> Params, not {type(params)}"
         )
-    return params
+    return placement.params(params)
 
 
 def _check_key(key: Any) -> jax.Array:
