@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jtrunc
@@ -177,6 +177,27 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     error, message, options = WRONG[name]
     with pytest.raises(error, match=message):
         run(plain(CASE.system), **options)
+
+
+def test_a_context_of_explicit_axes_is_refused() -> None:
+    mesh = jax.make_mesh((2,), ("seeds",), axis_types=(AxisType.Explicit,))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"within jax\.set_mesh"),
+    ):
+        run(plain(CASE.system), mesh)
+
+
+def test_hyperparameters_may_lie_anywhere() -> None:
+    place = NamedSharding(MESHES[2], P("seeds"))
+    rates = [jax.device_put(np.array([0.01, 0.02]), where) for where in (place, jax.devices()[3])]
+    options: Any = {"optimizer": lambda h: optax.sgd(h["rate"]), "seeds": (5, 5), "num_updates": 2}
+    found, expected = (
+        run(plain(CASE.system), where, hyperparameters={"rate": rate}, **options)
+        for rate, where in zip(rates, (MESHES[2], None), strict=True)
+    )
+    assert_equal_runs(found, expected)
+    assert np.ptp(found.history["grad_norm"][-1]) > 1e-6
 
 
 def test_per_stream_refuses_an_axis_that_is_not_there() -> None:

@@ -137,7 +137,7 @@ def place(mesh: Mesh | None, num_seeds: int | None, data: PyTree) -> Placement:
 
     Raises:
       TypeError, ValueError: no mesh where there are several processes, none of the axes, an axis for seeds
-        without seeds, or streams that do not divide evenly.
+        without seeds, a context of explicit axes, or streams that do not divide evenly.
     """
     if mesh is None:
         if jax.process_count() > 1:
@@ -156,6 +156,11 @@ def place(mesh: Mesh | None, num_seeds: int | None, data: PyTree) -> Placement:
     if SEEDS in mesh.axis_names and num_seeds is None:
         raise ValueError(f"train: `mesh` has an axis {SEEDS!r}, but there are no `seeds`; pass seeds=1, say")
     # Layouts are the compiler's business here; axes of other types would ask the system's own code for them.
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "train: `mesh` cannot be used within jax.set_mesh of axes of the type Explicit; call it outside, "
+            "or make them axes of the type Auto"
+        )
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     if STREAMS not in mesh.axis_names:
         return Placement(mesh, num_seeds)

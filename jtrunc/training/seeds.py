@@ -130,7 +130,8 @@ def check_hyperparameters(
             "train: `hyperparameters` need `seeds`, one for each row, and an `estimator` or `optimizer` that "
             "is a function of them"
         )
-    arrays = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
+    # By way of the host: on whatever devices they lay, rows are taken from them.
+    arrays = {name: jnp.asarray(np.asarray(values)) for name, values in hyperparameters.items()}
     for name, values in arrays.items():
         if values.shape != (len(seeds),):
             raise ValueError(
