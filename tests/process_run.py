@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -43,8 +44,9 @@ def run_streams(mesh: Any = None, **options: Any) -> TrainResult:
 
 
 def run_seeds(mesh: Any = None) -> TrainResult:
-    """Three seeds, each with its rate: no number that two processes could share evenly."""
+    """Three seeds, which two processes cannot share evenly, each with its rate; and NaN in the data."""
     system, params, hidden, inputs = systems.tanh(60)
+    inputs = jnp.asarray(inputs).at[9].set(jnp.nan)
 
     def optimizer(h: Any) -> optax.GradientTransformation:
         return optax.sgd(h["rate"])
@@ -52,7 +54,7 @@ def run_seeds(mesh: Any = None) -> TrainResult:
     rates = {"rate": np.array([0.01, 0.003, 0.03])}
     arguments = (system, params, hidden, jtrunc.nobacktrack(system), optimizer, inputs)
     return train(*arguments, window=2, num_updates=20, seeds=SEEDS, hyperparameters=rates, mesh=mesh,
-                 eval_data={"valid": inputs[:9]})  # fmt: skip
+                 max_non_finite=1, eval_data={"valid": inputs[:9]})  # fmt: skip
 
 
 def main(where: str, out_dir: str, how: str) -> None:

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from jtrunc.cli import main
-from jtrunc.training import checkpoint, read_metrics
+from jtrunc.training import checkpoint, processes, read_metrics
 from jtrunc.training.metrics import split_columns, train_columns
-from jtrunc.training.processes import each, from_first, gather, largest, start_processes
+from jtrunc.training.processes import each, from_first, gather, largest, put, start_processes
 from tests import process_run
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,7 @@ def test_two_processes_killed_and_resumed_equal_one(tmp_path: Path) -> None:
         with np.load(tmp_path / f"seeds-{index}.npz") as arrays:
             assert_close_leaves(list(arrays.values()), expected)
     assert np.ptp(seeds.history["loss"][-1]) > 1e-3  # and the seeds differ
+    assert seeds.history["num_skipped"].sum(axis=0).tolist() == [1, 1, 1]
 
 
 @pytest.mark.slow
@@ -132,6 +133,17 @@ def test_one_process_is_the_first() -> None:
     assert largest(2.5) == 2.5 and each("ab") == ["ab"]
     with pytest.raises(OSError, match="full"):
         from_first(fail)
+
+
+def test_what_no_axis_splits_must_be_the_same_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), ("seeds",)), jax.sharding.PartitionSpec())
+    array = np.array([np.nan, 1.0])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "each", lambda own: [own, own])
+    np.testing.assert_array_equal(put(array, sharding), array)
+    monkeypatch.setattr(processes, "each", lambda own: [own, "another"])
+    with pytest.raises(ValueError, match=r"different values for an array of shape \(2,\) and dtype float64"):
+        put(array, sharding)
 
 
 def fail() -> None:

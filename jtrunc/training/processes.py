@@ -6,12 +6,14 @@ signal) is decided by one process for all, so that none waits for a computation 
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -116,6 +118,9 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     Args:
       tree: arrays.
       shardings: one for each leaf, or for a part of the tree.
+
+    Raises:
+      ValueError: if a leaf that every process should have whole is not the same in all.
     """
 
     def leaf_to(sharding: Any, leaf: Any) -> Any:
@@ -126,11 +131,22 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
         if is_key(leaf):
             data = leaf_to(sharding, jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        return jax.device_put(np.asarray(leaf), sharding)
+        return _spread(np.asarray(jnp.asarray(leaf)), sharding)
 
     return jax.tree.map(
         lambda sharding, part: jax.tree.map(partial(leaf_to, sharding), part), shardings, tree
     )
+
+
+def _spread(array: np.ndarray, sharding: Any) -> jax.Array:
+    """Every process's part of an array that all have; jax.device_put takes NaN for a difference."""
+    if len(set(each(hashlib.sha256(array.tobytes()).hexdigest()))) > 1:
+        raise ValueError(
+            f"train: the processes have different values for an array of shape {array.shape} and dtype "
+            f"{array.dtype} that no axis of `mesh` splits; give all of them the same data, parameters, "
+            "hidden state and hyperparameters"
+        )
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _broadcast(message: bytes) -> bytes:
