@@ -44,15 +44,24 @@ class Layout(NamedTuple):
         stops = np.cumsum([widths[name] for name in names])[:-1].tolist()
         return dict(zip(names, jnp.split(array, stops, axis=-1), strict=True))
 
+    def join(self, arrays: Named, names: tuple[str, ...]) -> jax.Array:
+        """The inverse."""
+        return jnp.concatenate([arrays[name] for name in names], axis=-1)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All maps, in the order of the fused arrays."""
         return tuple(name for name, _ in self.widths)
 
     @property
+    def input_only(self) -> tuple[str, ...]:
+        """The maps whose preactivations are known before the scan."""
+        return self.names[: self.num_input_only] if self.project_first else ()
+
+    @property
     def saved(self) -> tuple[str, ...]:
-        """The maps whose preactivations the forward pass must save: those not known before the scan."""
-        return self.names[self.num_input_only :] if self.project_first else self.names
+        """The maps whose preactivations the forward pass must save: all the others."""
+        return self.names[len(self.input_only) :]
 
 
 class Weights(NamedTuple):
@@ -155,13 +164,13 @@ def forward_step(
         terms = [side[name] for side in (values, projected) if name in side]
         preactivations[name] = add_bias(sum(terms[1:], terms[0]), weights.biases.get(name))
     new_hidden = structure.combine(weights.elementwise, hidden, inputs, preactivations)
-    return new_hidden, jnp.concatenate([preactivations[name] for name in layout.saved], axis=-1)
+    return new_hidden, layout.join(preactivations, layout.saved)
 
 
 class StepCotangents(NamedTuple):
-    """What one backward step yields: of the fused preactivations, hₜ₋₁, the elementwise parameters, xₜ."""
+    """What one backward step yields: of the preactivations, hₜ₋₁, the elementwise parameters, xₜ."""
 
-    delta: jax.Array
+    deltas: Named
     hidden: PyTree
     elementwise: PyTree
     inputs: list[jax.Array]
@@ -193,8 +202,7 @@ def backward_step(
     elementwise_bar, hidden_bar, inputs_bar, deltas = pull_combine(cotangent)
     through_products = _pull_hidden(structure, layout, weights, hidden, inputs, deltas)
     hidden_bar = jax.tree.map(jnp.add, hidden_bar, through_products)
-    delta = jnp.concatenate([deltas[name] for name in layout.names], axis=-1)
-    return StepCotangents(delta, hidden_bar, elementwise_bar, inputs_bar)
+    return StepCotangents(deltas, hidden_bar, elementwise_bar, inputs_bar)
 
 
 def _pull_hidden(
@@ -209,7 +217,7 @@ def _pull_hidden(
     values, pull_features = jax.vjp(features, hidden)
     bars = []
     for group, kernel, value in zip(layout.hidden_groups, weights.hidden, values, strict=True):
-        delta = jnp.concatenate([deltas[name] for name in group], axis=-1)
+        delta = layout.join(deltas, group)
         pulled = matrix_on_the_left(kernel, delta) if left_pays(kernel) else delta @ kernel.T
         bars.append(pulled.astype(value.dtype))
     (hidden_bar,) = pull_features(bars)
@@ -235,15 +243,14 @@ def weight_cotangents(
     weights: Weights,
     hiddens: PyTree,
     inputs: PyTree,
-    deltas: jax.Array,
+    deltas: Named,
 ) -> tuple[Weights, list[jax.Array]]:
     """Phase two: the cotangents of all kernels and biases, and of the inputs through their projection.
 
     Args:
       hiddens: hₜ₋₁ for every step, leaves (T, ...).
-      deltas: fused δₜ, (T, ..., outputs).
+      deltas: δₜ of each map, (T, ..., outputs).
     """
-    by_name = layout.split(deltas, layout.names)
     input_leaves, restore = partition_inexact(inputs)
 
     def input_products(kernels: Any, leaves: list[jax.Array]) -> Named:
@@ -254,12 +261,16 @@ def weight_cotangents(
         return _products(layout, layout.hidden_groups, kernels, features)
 
     _, pull_input = jax.vjp(input_products, weights.input, input_leaves)
-    input_bar, inputs_bar = pull_input({name: by_name[name] for name in _members(layout.input_groups)})
+    input_bar, inputs_bar = pull_input({name: deltas[name] for name in _members(layout.input_groups)})
     _, pull_hidden = jax.vjp(hidden_products, weights.hidden)
-    (hidden_bar,) = pull_hidden({name: by_name[name] for name in _members(layout.hidden_groups)})
-    biases_bar = {name: jnp.sum(by_name[name], axis=tuple(range(deltas.ndim - 1))) for name in weights.biases}
+    (hidden_bar,) = pull_hidden({name: deltas[name] for name in _members(layout.hidden_groups)})
+    biases_bar = {name: jnp.sum(_rows(deltas[name]), axis=0) for name in weights.biases}
     no_elementwise = jax.tree.map(jnp.zeros_like, weights.elementwise)
     return Weights(hidden_bar, input_bar, biases_bar, no_elementwise), inputs_bar
+
+
+def _rows(array: jax.Array) -> jax.Array:
+    return array.reshape(-1, array.shape[-1])
 
 
 def _members(groups: tuple[tuple[str, ...], ...]) -> list[str]:

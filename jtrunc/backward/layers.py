@@ -172,7 +172,11 @@ def _backward_layer(
         bars = backward_step(structure, layout, weights, before, inputs_t, projected_t, saved, total)
         cotangent = weighted_cotangent(read_row(steps.edges, index), bars.hidden)
         elementwise_bar = add_into(elementwise_bar, bars.elementwise)
-        written = write_row((deltas, direct), index, (bars.delta, bars.inputs if inputs_flow else []))
+        written = write_row(
+            (deltas, direct),
+            index,
+            (layout.join(bars.deltas, layout.names), bars.inputs if inputs_flow else []),
+        )
         return index - 1, cotangent, elementwise_bar, written
 
     num_outputs = sum(width for _, width in layout.widths)
@@ -182,8 +186,7 @@ def _backward_layer(
     _, cotangent, elementwise_bar, (deltas, direct) = jax.lax.while_loop(
         lambda carry: carry[0] >= 0, step, start
     )
-    weights_bar, inputs_bar = weight_cotangents(
-        structure, layout, weights, steps.before, steps.inputs, deltas
-    )
-    sums = add_into(sums, weights_bar)._replace(elementwise=elementwise_bar)
+    by_name = layout.split(deltas, layout.names)
+    bars, inputs_bar = weight_cotangents(structure, layout, weights, steps.before, steps.inputs, by_name)
+    sums = add_into(sums, bars)._replace(elementwise=elementwise_bar)
     return sums, cotangent, jax.tree.map(jnp.add, inputs_bar, direct) if inputs_flow else []

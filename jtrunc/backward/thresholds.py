@@ -24,7 +24,7 @@ LIGHT_PASS = 1 << 15
 """So few multiplications in a step that it costs by its number of operations: the two-phase pass has fewer,
 since losses and products with inputs wait until after the scan."""
 
-ROWS_TO_TURN, SIZE_TO_TURN, STEPS_TO_TURN = range(8, 33), 1 << 19, 20
+ROWS_TO_TURN, SIZE_TO_TURN, STEPS_TO_TURN = range(8, 65), 1 << 19, 20
 """For so many rows, and from so many numbers in the kernels and steps on, the forward products gain more from
 kernels on the left than it costs to transpose them once."""
 

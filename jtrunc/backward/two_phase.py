@@ -36,7 +36,7 @@ from jtrunc.backward.thresholds import (
 from jtrunc.base import PyTree
 from jtrunc.devices import anchor, vary
 from jtrunc.structure import Stack, Structure
-from jtrunc.trees import cotangent_tree, no_cotangent, num_time_steps, read_row, weighted_cotangent
+from jtrunc.trees import cotangent_tree, no_cotangent, num_time_steps, read_row, weighted_cotangent, write_row
 
 Step = Callable[[PyTree, PyTree, Named], tuple[PyTree, Any]]
 """``(hidden, inputs, projected inputs) -> (hidden, outputs)``."""
@@ -146,19 +146,27 @@ def _scan_backward(
     weights, inputs, edges, before, saved, projected = residuals
 
     def step(carry: Any, xs: Any) -> tuple[Any, Any]:
-        from_future, elementwise_bar = carry
-        hidden_bar, hidden_t, inputs_t, projected_t, saved_t, edge = xs
+        from_future, elementwise_bar, rows = carry
+        index, hidden_bar, hidden_t, inputs_t, projected_t, edge = xs
+        saved_t = read_row(rows, index)
         cotangent = jax.tree.map(jnp.add, hidden_bar, from_future)
         bars = backward_step(structure, layout, weights, hidden_t, inputs_t, projected_t, saved_t, cotangent)
         elementwise_bar = jax.tree.map(jnp.add, elementwise_bar, bars.elementwise)
         to_past = bars.hidden if edge is None else weighted_cotangent(edge, bars.hidden)
-        return (to_past, elementwise_bar), (bars.delta, bars.inputs if inputs_flow else ())
+        # δₜ takes the place of the preactivations that it was computed from: no array of its own to fill.
+        rows = write_row(rows, index, layout.join(bars.deltas, layout.saved))
+        others = layout.join(bars.deltas, layout.input_only) if layout.input_only else ()
+        return (to_past, elementwise_bar, rows), (others, bars.inputs if inputs_flow else ())
 
     first = jax.tree.map(lambda rows: rows[0], before)
     start = jax.tree.map(jnp.zeros_like, (first, weights.elementwise))
-    (hidden_bar, elementwise_bar), (deltas, direct) = jax.lax.scan(
-        step, start, (hiddens_bar, before, inputs, projected, saved, edges), reverse=True
+    steps = jnp.arange(saved.shape[0])
+    (hidden_bar, elementwise_bar, rows), (others, direct) = jax.lax.scan(
+        step, (*start, saved), (steps, hiddens_bar, before, inputs, projected, edges), reverse=True
     )
+    deltas = layout.split(rows, layout.saved)
+    if layout.input_only:
+        deltas |= layout.split(others, layout.input_only)
     weights_bar, inputs_bar = weight_cotangents(structure, layout, weights, before, inputs, deltas)
     if inputs_flow:
         inputs_bar = jax.tree.map(jnp.add, inputs_bar, direct)
