@@ -54,6 +54,23 @@ def test_bptt_needs_memory_in_proportion_to_time(structured):
 
 
 @pytest.mark.slow
+def test_a_step_of_an_lstm_keeps_its_state_and_one_array_of_gates():
+    """(c, h) and four gates a unit and row: δ takes the place of the preactivations, not a second array."""
+    rows, numbers = 32, []
+    model = cells.model(cells.lstm(2, WIDTH), 2, lambda y, target: jnp.sum((y - target) ** 2))
+    params, hidden = model.init(jax.random.key(0)), model.initial_hidden((rows,))
+    estimator = jtrunc.bptt(model.system)
+    for steps in (200, 400):
+        inputs = (jnp.ones((steps, rows, 2), jnp.float32), jnp.zeros((steps, rows, 2), jnp.float32))
+        state = estimator.init(params, hidden)
+        compiled = (
+            jax.jit(lambda *args: estimator.update(*args)[0].grads).lower(params, state, inputs).compile()
+        )
+        numbers.append(compiled.memory_analysis().temp_size_in_bytes // 4)
+    assert 6 <= (numbers[1] - numbers[0]) / (200 * rows * WIDTH) < 8
+
+
+@pytest.mark.slow
 @STRUCTURED
 def test_truncated_bptt_needs_memory_in_proportion_to_its_window(structured):
     """Between T = 500 and 2000 only per-step scalars may grow (8 bytes a step), never the residuals."""

@@ -177,7 +177,7 @@ def test_a_damaged_file_is_fetched_again(server: Server, tmp_path: Path) -> None
 
 
 def test_a_server_in_trouble_is_asked_again_and_a_refusal_is_not(server: Server, tmp_path: Path) -> None:
-    server.statuses = [503, 500]
+    server.statuses = [503, 429]
     fetch("book", tmp_path, wait=0.0)
     assert len(server.asked) == 3
     del server.content["/book.txt"]
@@ -207,6 +207,8 @@ def test_unknown_corpora_and_a_missing_pooch(tmp_path: Path, monkeypatch: pytest
         fetch("text9")
     with pytest.raises(ValueError, match="attempts must be at least 1, got 0"):
         fetch("text8", tmp_path, attempts=0)
+    with pytest.raises(ValueError, match="`wait` must not be negative, not -1"):
+        fetch("text8", tmp_path, wait=-1)
     monkeypatch.setitem(__import__("sys").modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'jtrunc\[experiments\]'"):
         fetch("text8", tmp_path)

@@ -156,6 +156,8 @@ def fail() -> None:
         ("here", "address:port,processes,index"),
         ("localhost:1,2,2", "process 2 of 2"),
         ("localhost,2,0", "'localhost,2,0'"),
+        ("localhost:1:2,2,1", "'localhost:1:2,2,1'"),
+        (":1,2,1", "':1,2,1'"),
     ],
 )
 def test_where_is_read_strictly(where: str, message: str) -> None:

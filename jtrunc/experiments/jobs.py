@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jtrunc.experiments.report import fresh_folder
+from jtrunc.experiments.report import fresh_folder, no_run
 from jtrunc.training.metrics import to_json
 
 Item = TypeVar("Item")
@@ -45,7 +45,7 @@ def claim(config: Any, free: Collection[str]) -> None:
 def check_resume(config: Any) -> None:
     """A ValueError where --resume finds no runs."""
     if config.resume and not (config.output / "config.json").exists():
-        raise ValueError(f"no run to resume in {str(config.output)!r}: check --output, or leave out --resume")
+        raise no_run(config.output)
 
 
 def shared_options(config: Any, free: Collection[str]) -> dict[str, Any]:

@@ -31,6 +31,11 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
+def no_run(path: Path) -> ValueError:
+    """What to raise where --resume finds no run."""
+    return ValueError(f"no run to resume in {str(path)!r}: check --output, or leave out --resume")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned text: numbers to four significant digits and right-aligned, words left-aligned.
 

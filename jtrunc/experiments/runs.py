@@ -18,7 +18,7 @@ import jtrunc
 from jtrunc import cells, training
 from jtrunc.experiments.names import Choice, choose
 from jtrunc.experiments.parts import CELLS, ESTIMATORS, OPTIMIZERS, TASKS, Tokens, Windowed
-from jtrunc.experiments.report import fresh_folder, table, write_json
+from jtrunc.experiments.report import fresh_folder, no_run, table, write_json
 from jtrunc.experiments.sampling import sample
 from jtrunc.training.placement import STREAMS, place
 from jtrunc.training.plots import Curve, learning_curves
@@ -257,7 +257,7 @@ def claim(resume: bool, output: Path) -> None:
     if not resume:
         fresh_folder(output)
     elif not output.is_dir():
-        raise ValueError(f"no run to resume in {str(output)!r}: check --output, or leave out --resume")
+        raise no_run(output)
 
 
 def report(runs: list[Run], setup: Setup, folder: Path) -> list[Path]:

@@ -102,7 +102,7 @@ def fetch(corpus: str, folder: str | Path | None = None, *, attempts: int = 4, w
       wait: seconds before the second attempt; twice as long before each further one.
 
     Raises:
-      ValueError: if the corpus is unknown, or there is no attempt.
+      ValueError: if the corpus is unknown, there is no attempt, or a wait is negative.
       DownloadError: naming URL, target and hash, if the network fails or the file is another one.
       ImportError: if pooch is not installed.
 
@@ -114,6 +114,8 @@ def fetch(corpus: str, folder: str | Path | None = None, *, attempts: int = 4, w
     if corpus not in CORPORA:
         raise ValueError(f"unknown corpus {corpus!r}; known: {', '.join(CORPORA)}")
     require_count("attempts", attempts)
+    if wait < 0:
+        raise ValueError(f"fetch: `wait` must not be negative, not {wait}")
     pooch = require("pooch", "downloading a corpus")
     place = Path(folder or pooch.os_cache("jtrunc")) / corpus
     for file in CORPORA[corpus]:
@@ -175,7 +177,7 @@ class _Downloader:
     def may_help(self, error: Exception) -> bool:
         """Whether to try again: not after a refusal, nor after a whole file with another hash."""
         if isinstance(error, urllib.error.HTTPError):
-            return error.code >= 500
+            return error.code >= 500 or error.code == 429  # too many requests: later
         return self.resumed or not isinstance(error, ValueError)
 
 

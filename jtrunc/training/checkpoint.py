@@ -99,9 +99,11 @@ def save(
             shutil.rmtree(folder / f"{old:08d}")
     except Exception as error:  # orbax reports a full disk as OSError, ValueError or its own errors
         _remove_unfinished(folder)
+        older = list_steps(folder)
+        kept = f"the older checkpoints {older} are intact" if older else "there is no older one"
         raise CheckpointError(
-            f"could not write the checkpoint of update {update} to {final} ({_reason(error)}); the older "
-            f"checkpoints {list_steps(folder)} are intact: make room or restore access, then resume"
+            f"could not write the checkpoint of update {update} to {final} ({_reason(error)}); {kept}: "
+            "make room or restore access, then resume"
         ) from error
     return final
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from jtrunc.base import PyTree
 from jtrunc.trees import is_key
 
 Result = TypeVar("Result")
+
+_ADDRESS = re.compile(r"([^:\[\]]+|\[[^\[\]]+\]):[0-9]+")
+"""A host, in brackets if it has colons of its own, and a port."""
 
 _NOTATION = "it must be 'auto', on a cluster, or 'address:port,processes,index', such as 'localhost:4321,2,0'"
 
@@ -168,7 +172,8 @@ def _failure(error: Exception) -> bytes:
 
 def _read(where: str) -> tuple[str, int, int]:
     parts = where.split(",")
-    if len(parts) != 3 or ":" not in parts[0] or not (parts[1].isdigit() and parts[2].isdigit()):
+    address_and_counts = len(parts) == 3 and _ADDRESS.fullmatch(parts[0]) and all(map(str.isdigit, parts[1:]))
+    if not address_and_counts:
         raise ValueError(f"start_processes: `where` is {where!r}; {_NOTATION}")
     count, index = int(parts[1]), int(parts[2])
     if index >= count:
