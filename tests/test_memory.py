@@ -63,10 +63,10 @@ def test_a_step_of_an_lstm_keeps_its_state_and_one_array_of_gates():
     for steps in (200, 400):
         inputs = (jnp.ones((steps, rows, 2), jnp.float32), jnp.zeros((steps, rows, 2), jnp.float32))
         state = estimator.init(params, hidden)
-        compiled = (
-            jax.jit(lambda *args: estimator.update(*args)[0].grads).lower(params, state, inputs).compile()
-        )
-        numbers.append(compiled.memory_analysis().temp_size_in_bytes // 4)
+        gradient = jax.jit(lambda *args: estimator.update(*args)[0].grads)
+        analysis = gradient.lower(params, state, inputs).compile().memory_analysis()
+        assert analysis is not None
+        numbers.append(analysis.temp_size_in_bytes // 4)
     assert 6 <= (numbers[1] - numbers[0]) / (200 * rows * WIDTH) < 8
 
 

@@ -2,12 +2,14 @@
 
 python benchmarks/faults/damage.py flips 150 bits, at places that come from --seed, in the newest of three
 checkpoints and half the time in the one before it too; then it cuts and deletes each file, and each folder.
+A cut to each single length of each file must break the seal; to some of them, the step before is restored.
 Beside it: what orbax makes of the same flips by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -22,12 +24,13 @@ import orbax.checkpoint
 from job import train
 from report import write
 
+from jtrunc import sealed
 from jtrunc.training import checkpoint
 from jtrunc.training.configuration import hash_tree
 
 UPDATES = 50
 LENGTHS = 8
-"""How many lengths each file is cut to."""
+"""To how many lengths each file is cut for a restoration."""
 
 
 class Saved(NamedTuple):
@@ -122,6 +125,25 @@ def cuts(saved: Saved, generator: np.random.Generator) -> Iterator[tuple[str, Ca
                 yield f"{relative} to {length}", _cut(relative, length)
 
 
+def every_length(saved: Saved, scratch: Path) -> Iterator[list[str]]:
+    """Every file of the newest step, cut to every length: is the seal broken?"""
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(saved.folder, scratch)
+    step = f"{saved.newest[0]:08d}"
+    for path in filter(Path.is_file, _inside(saved, saved.newest[0])):
+        victim = scratch / path.relative_to(saved.folder)
+        for length in reversed(range(path.stat().st_size)):
+            os.truncate(victim, length)
+            try:
+                sealed.read_seal(scratch / step)
+                result = "wrong"
+            except sealed.Damaged:
+                result = "right"
+            yield [f"{path.name} to {length}", result]
+        shutil.copy(path, victim)
+    sealed.read_seal(scratch / step)
+
+
 def _cut(path: Path, length: int) -> Callable[[Path], None]:
     def cut(folder: Path) -> None:
         (folder / path).write_bytes((folder / path).read_bytes()[:length])
@@ -166,13 +188,15 @@ def measure(num_flips: int, seed: int, folder: Path) -> dict[str, list[list[str]
     saved, scratch = save(folder / "run"), folder / "scratch"
     generator = np.random.default_rng(seed)
     chosen = list(flips(saved, generator, num_flips))
-    found: dict[str, list[list[str]]] = {"flips": [], "cuts": [], "deletions": [], "orbax alone": []}
+    kinds = ("flips", "cuts", "lengths", "deletions", "orbax alone")
+    found: dict[str, list[list[str]]] = {kind: [] for kind in kinds}
     for trial in chosen:
         shown = ", ".join(f"{flip.path} byte {flip.byte} bit {flip.bit}" for flip in trial)
         result = attempt(saved, scratch, lambda copy, trial=trial: _apply(trial, copy), len(trial))
         found["flips"].append([shown, result])
     for kind, trials in (("cuts", cuts(saved, generator)), ("deletions", deletions(saved))):
         found[kind] += [[shown, attempt(saved, scratch, damage, 1)] for shown, damage in trials]
+    found["lengths"] = list(every_length(saved, scratch))
     for first in (trial[0] for trial in chosen if trial[0].path.name != "manifest.json"):
         found["orbax alone"].append([str(first.path), orbax_alone(saved, scratch, first)])
     return found
@@ -197,7 +221,7 @@ def main() -> int:
         counts |= {kind: len(trials)}
         counts |= {f"{kind}: {word}": results.count(word) for word in sorted(set(results))}
     write("damage", options, found, counts)
-    ours = [result for kind in ("flips", "cuts", "deletions") for _, result in found[kind]]
+    ours = [result for kind in ("flips", "cuts", "lengths", "deletions") for _, result in found[kind]]
     return 0 if set(ours) == {"right"} else 1
 
 
