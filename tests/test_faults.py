@@ -33,7 +33,8 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_newest_intact_checkpoint_comes_back(tmp_path: Path) -> None:
     record = run("damage", tmp_path, "--flips", "30")
-    results = {kind: [result for _, result in record[kind]] for kind in ("flips", "cuts", "deletions")}
+    kinds = ("flips", "cuts", "lengths", "deletions")
+    results = {kind: [result for _, result in record[kind]] for kind in kinds}
     assert {result for kind in results.values() for result in kind} == {"right"}
     assert len(results["flips"]) == 30 and len(results["cuts"]) > 50 and len(results["deletions"]) > 10
     assert {result for _, result in record["orbax alone"]} > {"right"}  # it stops, or gives something else
