@@ -74,6 +74,10 @@ class Stack(NamedTuple):
     outputs: tuple[Callable[[PyTree], Any], ...]
     pass_up: Callable[[PyTree, Any], PyTree] = _output_alone
 
+    def rise(self, depth: int, inputs: PyTree, hidden: PyTree) -> PyTree:
+        """The inputs of the layer above `depth`, at one step, from its own and its new state."""
+        return self.pass_up(inputs, self.outputs[depth](hidden))
+
 
 def project(features: jax.Array, kernel: jax.Array) -> jax.Array:
     """The product a W of features (..., in) or of one-hot indices (...) with a kernel (in, out)."""
@@ -115,9 +119,9 @@ def _stack_transition(stack: Stack) -> Transition:
 
     def transition(theta: PyTree, hidden: PyTree, inputs: PyTree) -> PyTree:
         new_hidden = []
-        for layer, output, theta_l, hidden_l in zip(transitions, stack.outputs, theta, hidden, strict=True):
+        for depth, (layer, theta_l, hidden_l) in enumerate(zip(transitions, theta, hidden, strict=True)):
             new_hidden.append(layer(theta_l, hidden_l, inputs))
-            inputs = stack.pass_up(inputs, output(new_hidden[-1]))
+            inputs = stack.rise(depth, inputs, new_hidden[-1])
         return tuple(new_hidden)
 
     return transition

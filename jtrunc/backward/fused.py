@@ -15,7 +15,7 @@ import numpy as np
 from jtrunc.backward.thresholds import left_pays
 from jtrunc.base import PyTree
 from jtrunc.structure import Structure, add_bias, project
-from jtrunc.trees import partition_inexact
+from jtrunc.trees import cast_like, partition_inexact
 
 Named = dict[str, jax.Array]
 
@@ -199,29 +199,29 @@ def backward_step(
         return structure.combine(elementwise, hidden, restore(leaves), preactivations)
 
     _, pull_combine = jax.vjp(combine, weights.elementwise, hidden, input_leaves, preactivations)
-    elementwise_bar, hidden_bar, inputs_bar, deltas = pull_combine(cotangent)
+    elementwise_bar, *direct, deltas = pull_combine(cotangent)
     through_products = _pull_hidden(structure, layout, weights, hidden, inputs, deltas)
-    hidden_bar = jax.tree.map(jnp.add, hidden_bar, through_products)
+    hidden_bar, inputs_bar = jax.tree.map(jnp.add, tuple(direct), through_products)
     return StepCotangents(deltas, hidden_bar, elementwise_bar, inputs_bar)
 
 
 def _pull_hidden(
     structure: Structure, layout: Layout, weights: Weights, hidden: PyTree, inputs: PyTree, deltas: Named
-) -> PyTree:
-    """The cotangent of hₜ₋₁ through the products alone: δ Wᵀ, then back through the features."""
+) -> tuple[PyTree, list[jax.Array]]:
+    """The cotangents of hₜ₋₁ and xₜ through `hidden_features` alone: δ Wᵀ, then back through these."""
+    input_leaves, restore = partition_inexact(inputs)
 
-    def features(hidden: PyTree) -> list[jax.Array]:
-        by_name = structure.hidden_features(hidden, inputs)
+    def features(hidden: PyTree, leaves: list[jax.Array]) -> list[jax.Array]:
+        by_name = structure.hidden_features(hidden, restore(leaves))
         return [by_name[group[0]] for group in layout.hidden_groups]
 
-    values, pull_features = jax.vjp(features, hidden)
+    values, pull_features = jax.vjp(features, hidden, input_leaves)
     bars = []
     for group, kernel, value in zip(layout.hidden_groups, weights.hidden, values, strict=True):
         delta = layout.join(deltas, group)
         pulled = matrix_on_the_left(kernel, delta) if left_pays(kernel) else delta @ kernel.T
         bars.append(pulled.astype(value.dtype))
-    (hidden_bar,) = pull_features(bars)
-    return hidden_bar
+    return pull_features(bars)
 
 
 def matrix_on_the_left(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -252,19 +252,25 @@ def weight_cotangents(
       deltas: δₜ of each map, (T, ..., outputs).
     """
     input_leaves, restore = partition_inexact(inputs)
+    of_input = {name: deltas[name] for name in _members(layout.input_groups)}
+    of_hidden = {name: deltas[name] for name in _members(layout.hidden_groups)}
 
+    # A preactivation is as wide as the widest of its terms, and so is its δ: casts are differentiated too.
     def input_products(kernels: Any, leaves: list[jax.Array]) -> Named:
-        return project_inputs(structure, layout, weights._replace(input=kernels), restore(leaves))
+        products = project_inputs(structure, layout, weights._replace(input=kernels), restore(leaves))
+        return cast_like(products, of_input)
 
     def hidden_products(kernels: Any) -> Named:
         features = jax.vmap(structure.hidden_features)(hiddens, inputs)
-        return _products(layout, layout.hidden_groups, kernels, features)
+        return cast_like(_products(layout, layout.hidden_groups, kernels, features), of_hidden)
 
     _, pull_input = jax.vjp(input_products, weights.input, input_leaves)
-    input_bar, inputs_bar = pull_input({name: deltas[name] for name in _members(layout.input_groups)})
+    input_bar, inputs_bar = pull_input(of_input)
     _, pull_hidden = jax.vjp(hidden_products, weights.hidden)
-    (hidden_bar,) = pull_hidden({name: deltas[name] for name in _members(layout.hidden_groups)})
-    biases_bar = {name: jnp.sum(_rows(deltas[name]), axis=0) for name in weights.biases}
+    (hidden_bar,) = pull_hidden(of_hidden)
+    biases_bar = {
+        name: jnp.sum(_rows(deltas[name]), axis=0).astype(bias.dtype) for name, bias in weights.biases.items()
+    }
     no_elementwise = jax.tree.map(jnp.zeros_like, weights.elementwise)
     return Weights(hidden_bar, input_bar, biases_bar, no_elementwise), inputs_bar
 

@@ -70,7 +70,7 @@ def fuse_layers(structure: Structure | Stack, theta: PyTree, hidden: PyTree, inp
     else:
         stack = Stack((structure,), (lambda hidden: hidden,))
         split, join = lambda tree: (tree,), lambda trees: next(iter(trees))
-    rises = tuple(partial(_rise, stack, output) for output in stack.outputs[:-1])
+    rises = tuple(partial(stack.rise, depth) for depth in range(len(stack.layers) - 1))
 
     layouts, inputs_t = [], first_step(inputs)
     for depth, hidden_l in enumerate(split(hidden)):
@@ -87,10 +87,6 @@ def fuse_layers(structure: Structure | Stack, theta: PyTree, hidden: PyTree, inp
     weights, pull = jax.vjp(fused, theta)
     each = tuple(map(Layer, stack.layers, layouts, weights))
     return Layers(each, rises, split, join, lambda bars: pull(bars)[0])
-
-
-def _rise(stack: Stack, output: Callable[[PyTree], Any], inputs: PyTree, hidden: PyTree) -> PyTree:
-    return stack.pass_up(inputs, output(hidden))
 
 
 def project_bottom(layers: Layers, inputs: PyTree) -> Named:

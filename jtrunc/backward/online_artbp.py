@@ -54,8 +54,7 @@ def online_artbp(system: System, truncation: Truncation) -> GradientEstimator:
     happens. Gradients are sums over the window, never divided by its random length.
 
     Time O(L), not O(N); memory O(N) hidden states / 128 and the residuals of 128 steps. One compilation
-    serves every length. A `Stack` of layers takes the plain path here.
-    Do not `vmap` it for speed: `jax.lax.map` over seeds is the fast way.
+    serves every length. Do not `vmap` it for speed: `jax.lax.map` over seeds is the fast way.
 
     Args:
       truncation: a law of `jtrunc.truncation`; a law that reads hₜ is evaluated on the way.

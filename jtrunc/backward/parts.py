@@ -99,18 +99,22 @@ def _loss_if(
     return jax.lax.cond(scored, lambda: system.loss(params, hidden, inputs), lambda: zeros)
 
 
+def _repeat_last(active: jax.Array, rows: PyTree, num_active: jax.Array) -> PyTree:
+    """Rows that are not active as copies of the last real one, so that no product meets a stale one."""
+    last = read_row(rows, num_active - 1)
+    return jax.vmap(lambda on, row: select(on, row, last))(active, rows)
+
+
 def _scored_chunk(system: System, params: Params, chunk: Chunk, loss_dtype: Any) -> Any:
     """``((loss, aux), (gradient, cotangents of `after`))`` of the scored steps, all at once."""
     index = jnp.arange(chunk.edges.shape[0])
     active = index < chunk.num_active
     if chunk.first_scored is not None:
         active = active & (index >= chunk.first_scored)
-    # Rows that are not active repeat the last real state, so that the loss never meets a stale one.
-    last = read_row(chunk.after, chunk.num_active - 1)
-    after = jax.vmap(lambda on, row: select(on, row, last))(active, chunk.after)
+    after, inputs = _repeat_last(active, (chunk.after, chunk.inputs), chunk.num_active)
 
     def score(params: Params, after: PyTree) -> tuple[jax.Array, PyTree]:
-        values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, chunk.inputs)
+        values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, inputs)
         aux = jax.vmap(lambda on, row: select(on, row, jax.tree.map(jnp.zeros_like, row)))(active, aux)
         return jnp.sum(jnp.where(active, values, 0), dtype=loss_dtype), aux
 
@@ -133,6 +137,11 @@ def structured_parts(system: System, params: Params, hidden: PyTree, inputs: PyT
 
     def backward_chunk(bars: Any, cotangent: PyTree, chunk: Chunk) -> Any:
         params_bar, weights_bar = bars
+        active = jnp.arange(chunk.edges.shape[0]) < chunk.num_active
+        before, after, inputs = _repeat_last(
+            active, (chunk.before, chunk.after, chunk.inputs), chunk.num_active
+        )
+        chunk = chunk._replace(before=before, after=after, inputs=inputs)
         (loss, aux), (params_step, after_bar) = _scored_chunk(system, params, chunk, loss_dtype)
         weights_bar, cotangent = backward_layers(layers, weights_bar, chunk, after_bar, cotangent)
         return (add_into(params_bar, params_step), weights_bar), cotangent, loss, aux

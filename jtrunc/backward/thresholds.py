@@ -5,6 +5,7 @@ The numbers were measured on one CPU core (`benchmarks/speed`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,6 +52,8 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     """
     if structure is None or not all(is_inexact(leaf) for leaf in jax.tree.leaves(hidden)):
         return False
+    if not _equal_rows(structure, hidden, first_step(inputs)):
+        return False
     layer = structure
     if isinstance(structure, Stack):
         layer, theta, hidden = structure.layers[0], theta[0], hidden[0]
@@ -58,7 +61,7 @@ def two_phase_pays(structure: Any, theta: PyTree, hidden: PyTree, inputs: PyTree
     size = _kernel_size(layer, theta)
     few_rows = rows == 1 or rows * ROWS_PER_WIDTH <= width or rows * size <= LIGHT_PASS
     wide = size >= WIDE_KERNELS * width**2 and rows <= WIDTHS_IN_ROWS * width
-    return width > 0 and (few_rows or wide) and _equal_rows(layer, hidden, inputs)
+    return width > 0 and (few_rows or wide)
 
 
 def _kernel_size(structure: Structure, theta: PyTree) -> int:
@@ -67,9 +70,14 @@ def _kernel_size(structure: Structure, theta: PyTree) -> int:
     return sum(weights.hidden_kernel.size for weights in affine.values() if weights.hidden_kernel is not None)
 
 
-def _equal_rows(structure: Structure, hidden: PyTree, inputs: PyTree) -> bool:
-    """Whether all features have the same leading axes: maps that broadcast take the plain pass."""
-    inputs_t = first_step(inputs)
+def _equal_rows(structure: Structure | Stack, hidden: PyTree, inputs_t: PyTree) -> bool:
+    """Whether each layer has maps, on features with the same leading axes: broadcasts take the plain pass."""
+    if isinstance(structure, Stack):
+        for depth, layer in enumerate(structure.layers):
+            if not _equal_rows(layer, hidden[depth], inputs_t):
+                return False
+            inputs_t = jax.eval_shape(partial(structure.rise, depth), inputs_t, hidden[depth])
+        return True
     of_hidden = jax.eval_shape(structure.hidden_features, hidden, inputs_t)
     of_inputs = jax.eval_shape(structure.input_features, inputs_t)
     features = [*of_hidden.values(), *of_inputs.values()]

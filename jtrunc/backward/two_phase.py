@@ -53,9 +53,9 @@ def structured_hiddens(
     if isinstance(structure, Structure):
         return _layer_hiddens(structure, False, theta, hidden, inputs, edges)
     stacked: list[PyTree] = []
-    for depth, (layer, output) in enumerate(zip(structure.layers, structure.outputs, strict=True)):
+    for depth, layer in enumerate(structure.layers):
         stacked.append(_layer_hiddens(layer, depth > 0, theta[depth], hidden[depth], inputs, edges))
-        inputs = structure.pass_up(inputs, jax.vmap(output)(stacked[-1]))
+        inputs = jax.vmap(partial(structure.rise, depth))(inputs, stacked[-1])
     return tuple(stacked)
 
 
@@ -135,7 +135,7 @@ def _scan_ahead(step: Step, hidden: PyTree, inputs: PyTree, projected: Named) ->
         hidden, outputs = step(hidden, inputs_t, projected_t)
         return (hidden, read_row(projected, index + 1)), outputs
 
-    steps = jnp.arange(num_time_steps(projected))
+    steps = jnp.arange(num_time_steps(inputs))
     (last, _), outputs = jax.lax.scan(ahead, (hidden, read_row(projected, 0)), (steps, inputs))
     return last, outputs
 

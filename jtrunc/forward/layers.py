@@ -108,8 +108,8 @@ def layer_steps(layers: Layers, theta: PyTree, hidden: PyTree, inputs: PyTree) -
 def _inputs_of(layers: Layers, depth: int, below: tuple[PyTree, ...], inputs: PyTree) -> PyTree:
     """What a layer reads, from the new states of those below."""
     if layers.stack is not None:
-        for output, hidden in zip(layers.stack.outputs[:depth], below, strict=True):
-            inputs = layers.stack.pass_up(inputs, output(hidden))
+        for layer, hidden in enumerate(below[:depth]):
+            inputs = layers.stack.rise(layer, inputs, hidden)
     return inputs
 
 
