@@ -101,6 +101,7 @@ def test_list_shows_every_part(capsys):
         (["train", *SMALL, "--learning-rate", "-1"], "--learning-rate must be positive"),
         (["train", *SMALL, "--seeds", "0"], "--seeds must be at least 1"),
         (["train", *SMALL, "--devices", "9"], "--devices 9: there are 8"),
+        (["train", *SMALL, "--devices", "2", "--distributed", "auto"], "leave --devices out"),
         (["train", *SMALL, "--devices", "0"], "--streams 2 do not divide over 8 devices"),
         (["train", *SMALL, "--distributed", "here"], "address:port,processes,index"),
         (["train", *SMALL, "--cell", "lstm:layers=0"], "layers must be at least 1"),

@@ -244,6 +244,11 @@ def compare(setup: Setup, estimators: tuple[str, ...], output: Path) -> list[Pat
 def begin(setup: Setup, estimators: list[Choice], output: Path, shadows: Sequence[Choice] = ()) -> Problem:
     """The problem, once every option has been read and before the folder is made: a refusal leaves none."""
     if setup.distributed:
+        if setup.devices > 1:
+            raise ValueError(
+                f"--devices {setup.devices} with --distributed: every device of every process takes part; "
+                "leave --devices out"
+            )
         training.start_processes(setup.distributed)
     given = problem(setup)
     for estimator in estimators:

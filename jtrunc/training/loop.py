@@ -81,7 +81,8 @@ def train(
     rounding, and a checkpoint is resumed on any number of devices. In a run of several processes (see
     `jtrunc.training.start_processes`) each calls `train` with its own streams and the same of all else;
     process 0 reads and writes the files, for which the others send it what they have, and gives them what it
-    read: the folder need not be shared. Every process gets the whole result.
+    read: the folder need not be shared. Every process gets the whole result. Such a run, if its streams are
+    split, is resumed by as many processes.
 
     Args:
       system: the system that the estimator was made for; it is what the evaluations run.
