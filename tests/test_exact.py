@@ -384,6 +384,28 @@ def test_a_structured_cell_under_shard_map(check_vma, mesh):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone.grads)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("structured", [False, True])
+def test_cuts_that_differ_between_devices_alone(structured, mesh):
+    """Parameters, state and inputs are the same on all: it is the keys that make the gradients vary."""
+    case = first(cell_case("lstm", (2,)), 12)
+    system = case.system if structured else case.system._replace(structure=None)
+    estimator = jtrunc.artbp(system, jtrunc.truncation.constant(0.3))
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    def gradient(key):
+        state = estimator.init(case.params, case.hidden, key)
+        return estimator.update(case.params, state, case.inputs)[0].grads
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P())
+    def summed(keys):
+        return gradient(keys[0])  # of parameters that do not vary: jax sums over the devices by itself
+
+    each = [gradient(key) for key in keys]
+    assert differ(each[0], each[1])
+    assert_close(jax.jit(summed)(keys), add(*each))
+
+
 def test_a_sharded_batch_under_jit(mesh):
     """The batch axis of the inputs is sharded, the parameters replicated: jit sums over devices by itself."""
     model = cells.model(cells.lstm(2, 3), 2, squared_error)

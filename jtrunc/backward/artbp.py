@@ -84,8 +84,8 @@ def artbp(system: System, truncation: Truncation) -> GradientEstimator:
             hidden, aux = result.hidden[0], result.aux[0]
         else:
             walk, (cuts, weights) = all_boundaries(law, state.elapsed, uniforms)
-            window = Window(entering_edges(weights))
-            result = window_gradient(system, params, state.hidden, inputs, window)
+            hidden = vary(state.hidden, anchor(weights))  # as the cotangents will
+            result = window_gradient(system, params, hidden, inputs, Window(entering_edges(weights)))
             hidden, aux = result.hidden, result.aux
         diagnostics = {"num_cuts": jnp.sum(cuts, dtype=jnp.int32)}
         estimate = Estimate(result.loss, result.grads, np.int32(num_steps), Aux(aux, diagnostics))  # pyright: ignore
