@@ -109,9 +109,10 @@ def _scored_chunk(system: System, params: Params, chunk: Chunk, loss_dtype: Any)
     """``((loss, aux), (gradient, cotangents of `after`))`` of the scored steps, all at once."""
     index = jnp.arange(chunk.edges.shape[0])
     active = index < chunk.num_active
+    after, inputs = chunk.after, chunk.inputs
     if chunk.first_scored is not None:
         active = active & (index >= chunk.first_scored)
-    after, inputs = _repeat_last(active, (chunk.after, chunk.inputs), chunk.num_active)
+        after, inputs = _repeat_last(active, (after, inputs), chunk.num_active)
 
     def score(params: Params, after: PyTree) -> tuple[jax.Array, PyTree]:
         values, aux = jax.vmap(system.loss, in_axes=(None, 0, 0))(params, after, inputs)
