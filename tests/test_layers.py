@@ -91,6 +91,26 @@ def test_each_way_is_taken(rows, monkeypatch):
     assert set(taken) == ({"ahead", "inside"} if few else {"inside"})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
+def test_gradients_can_be_differentiated(differentiate):
+    """As for hyperparameters: the derivatives of Σ g² with respect to the initial state, in both modes."""
+    case = case_of(CELLS["stack"](), (2,))
+
+    def squares(system: jtrunc.System, hidden: Any) -> jax.Array:
+        estimator = jtrunc.bptt(system)
+        estimate, _ = estimator.update(case.params, estimator.init(case.params, hidden), case.inputs)
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(estimate.grads))  # pyright: ignore
+
+    def derivative(system: jtrunc.System) -> jax.Array:
+        def of_shift(shift: jax.Array) -> jax.Array:
+            return squares(system, jax.tree.map(lambda leaf: leaf + shift, case.hidden))
+
+        return jax.jit(differentiate(of_shift))(jnp.float64(0.1))
+
+    assert_close(derivative(case.system), derivative(case.system._replace(structure=None)), rtol=1e-11)
+
+
 def test_what_flows_into_the_layer_below_is_all_that_it_receives(monkeypatch):
     """Must fail: without it the weights of the bottom layer have no gradient at all."""
     case = case_of(CELLS["stack"](), ())

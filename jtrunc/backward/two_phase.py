@@ -144,27 +144,13 @@ def _scan_backward(
     structure: Structure, layout: Layout, inputs_flow: bool, residuals: Any, hiddens_bar: PyTree
 ) -> tuple[Weights, PyTree, PyTree, Any]:
     weights, inputs, edges, before, saved, projected = residuals
-
-    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
-        from_future, elementwise_bar, rows = carry
-        index, hidden_bar, hidden_t, inputs_t, projected_t, edge = xs
-        saved_t = read_row(rows, index)
-        cotangent = jax.tree.map(jnp.add, hidden_bar, from_future)
-        bars = backward_step(structure, layout, weights, hidden_t, inputs_t, projected_t, saved_t, cotangent)
-        elementwise_bar = jax.tree.map(jnp.add, elementwise_bar, bars.elementwise)
-        to_past = bars.hidden if edge is None else weighted_cotangent(edge, bars.hidden)
-        # δₜ takes the place of the preactivations that it was computed from: no array of its own to fill.
-        rows = write_row(rows, index, layout.join(bars.deltas, layout.saved))
-        others = layout.join(bars.deltas, layout.input_only) if layout.input_only else ()
-        return (to_past, elementwise_bar, rows), (others, bars.inputs if inputs_flow else ())
-
     first = jax.tree.map(lambda rows: rows[0], before)
     start = jax.tree.map(jnp.zeros_like, (first, weights.elementwise))
-    steps = jnp.arange(saved.shape[0])
-    (hidden_bar, elementwise_bar, rows), (others, direct) = jax.lax.scan(
-        step, (*start, saved), (steps, hiddens_bar, before, inputs, projected, edges), reverse=True
+    rows = (hiddens_bar, before, inputs, projected, edges)
+    (hidden_bar, elementwise_bar), deltas, (others, direct) = _pull_steps(
+        structure, layout, inputs_flow, weights, start, saved, rows
     )
-    deltas = layout.split(rows, layout.saved)
+    deltas = layout.split(deltas, layout.saved)
     if layout.input_only:
         deltas |= layout.split(others, layout.input_only)
     weights_bar, inputs_bar = weight_cotangents(structure, layout, weights, before, inputs, deltas)
@@ -177,6 +163,70 @@ def _scan_backward(
         cotangent_tree(inputs, inputs_bar),
         edges_bar,
     )
+
+
+def _pull_step(
+    structure: Structure,
+    layout: Layout,
+    inputs_flow: bool,
+    weights: Weights,
+    carry: tuple[PyTree, PyTree],
+    saved_t: jax.Array,
+    rows_t: Any,
+) -> tuple[tuple[PyTree, PyTree], jax.Array, Any]:
+    """One step back: the carry, δₜ in the place of what was saved, what else is stacked."""
+    from_future, elementwise_bar = carry
+    hidden_bar, hidden_t, inputs_t, projected_t, edge = rows_t
+    cotangent = jax.tree.map(jnp.add, hidden_bar, from_future)
+    bars = backward_step(structure, layout, weights, hidden_t, inputs_t, projected_t, saved_t, cotangent)
+    elementwise_bar = jax.tree.map(jnp.add, elementwise_bar, bars.elementwise)
+    to_past = bars.hidden if edge is None else weighted_cotangent(edge, bars.hidden)
+    others = layout.join(bars.deltas, layout.input_only) if layout.input_only else ()
+    stacked = (others, bars.inputs if inputs_flow else ())
+    return (to_past, elementwise_bar), layout.join(bars.deltas, layout.saved), stacked
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _pull_steps(
+    structure: Structure,
+    layout: Layout,
+    inputs_flow: bool,
+    weights: Weights,
+    start: Any,
+    saved: jax.Array,
+    rows: Any,
+) -> tuple[Any, jax.Array, Any]:
+    """All steps back: the last carry, δ of all saved maps, what else is stacked.
+
+    δₜ is written over the preactivations that it was computed from: no array of its own to fill. Derivatives
+    of that loop would touch the whole array at every step: they are those of the same loop with two arrays.
+    """
+    pull = partial(_pull_step, structure, layout, inputs_flow, weights)
+
+    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+        carry, array = carry
+        index, rows_t = xs
+        carry, delta, stacked = pull(carry, read_row(array, index), rows_t)
+        return (carry, write_row(array, index, delta)), stacked
+
+    steps = jnp.arange(saved.shape[0])
+    (carry, deltas), stacked = jax.lax.scan(step, (start, saved), (steps, rows), reverse=True)
+    return carry, deltas, stacked
+
+
+@_pull_steps.defjvp
+def _push_steps(
+    structure: Structure, layout: Layout, inputs_flow: bool, primals: Any, tangents: Any
+) -> tuple[Any, Any]:
+    def two_arrays(weights: Weights, start: Any, saved: jax.Array, rows: Any) -> tuple[Any, jax.Array, Any]:
+        def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+            carry, delta, stacked = _pull_step(structure, layout, inputs_flow, weights, carry, *xs)
+            return carry, (delta, stacked)
+
+        carry, (deltas, stacked) = jax.lax.scan(step, start, (saved, rows), reverse=True)
+        return carry, deltas, stacked
+
+    return jax.jvp(two_arrays, primals, tangents)
 
 
 _scan_hiddens.defvjp(_scan_forward, _scan_backward)
