@@ -108,7 +108,7 @@ def test_gradients_can_be_differentiated(differentiate):
 
         return jax.jit(differentiate(of_shift))(jnp.float64(0.1))
 
-    assert_close(derivative(case.system), derivative(case.system._replace(structure=None)), rtol=1e-11)
+    assert_close(derivative(case.system), derivative(case.system._replace(structure=None)), rtol=1e-12)
 
 
 def test_what_flows_into_the_layer_below_is_all_that_it_receives(monkeypatch):

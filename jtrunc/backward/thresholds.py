@@ -1,6 +1,7 @@
 """When the two-phase pass of a structured transition is worth it, and in which form: decided from shapes.
 
-The numbers were measured on one CPU core (`benchmarks/speed`).
+The numbers were measured on one CPU core, on whole windows with either choice in turn; what came of them is
+in `benchmarks/speed`.
 """
 
 from __future__ import annotations

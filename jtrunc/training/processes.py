@@ -172,8 +172,7 @@ def _failure(error: Exception) -> bytes:
 
 def _read(where: str) -> tuple[str, int, int]:
     parts = where.split(",")
-    address_and_counts = len(parts) == 3 and _ADDRESS.fullmatch(parts[0]) and all(map(str.isdigit, parts[1:]))
-    if not address_and_counts:
+    if len(parts) != 3 or not _ADDRESS.fullmatch(parts[0]) or not all(map(str.isdigit, parts[1:])):
         raise ValueError(f"start_processes: `where` is {where!r}; {_NOTATION}")
     count, index = int(parts[1]), int(parts[2])
     if index >= count:
