@@ -121,6 +121,20 @@ def test_binned_means_keep_the_mean() -> None:
     np.testing.assert_allclose(whole.y, y.mean(axis=0, keepdims=True))
 
 
+def test_a_curve_of_one_point_is_seen(tmp_path: Path) -> None:
+    """An evaluation at the end alone: among points at other heights, its place has its colour."""
+    image = pytest.importorskip("matplotlib.image")
+
+    def blue(name: str, curve: Curve) -> int:
+        png = learning_curves({"once": curve}, tmp_path / name, x_label="", y_label="")
+        red, _, blue = np.moveaxis(image.imread(png)[..., :3], -1, 0)
+        return int((blue - red > 0.1).sum())
+
+    nothing = blue("nothing", Curve([1.0], [np.nan]))  # the legend's own line
+    assert blue("single", Curve([1.0], [2.0])) > nothing + 50
+    assert blue("seeds", Curve([1.0], [[1.0, 2.0, 3.0]])) > blue("single", Curve([1.0], [2.0])) + 50
+
+
 def test_curves_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`curves` is empty"):
         learning_curves({}, tmp_path / "a", x_label="", y_label="")

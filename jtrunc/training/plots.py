@@ -59,9 +59,10 @@ def learning_curves(
     figure, axes = new_figure()
     for index, (label, (x, low, middle, high)) in enumerate(bands.items()):
         dashes = ("-", "--", ":")[index // 10 % 3]  # there are ten colours
-        (line,) = axes.plot(x, middle, dashes, label=label)
+        lone = len(x) == 1  # a line and an area through one point are nothing to see
+        (line,) = axes.plot(x, middle, dashes, marker="o" if lone else "", label=label)
         if np.ndim(curves[label].y) > 1:
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=4 if lone else 0)
     for label, level in (levels or {}).items():
         axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=label)
     if log_log:
